@@ -1,0 +1,14 @@
+"""Memory-efficient optimizers with the interface of torch.optim."""
+
+if __name__ != "slimstate.optim":
+    raise ImportError(
+        f"this folder is the package slimstate.optim, not {__name__!r}: install it (pip install -e .) "
+        "and import slimstate.optim"
+    )
+
+from .adamw import AdamW
+from .galore import GaLoreAdamW
+from .groups import ParamGroups, param_groups
+from .memory import state_bytes
+
+__all__ = ["AdamW", "GaLoreAdamW", "ParamGroups", "param_groups", "state_bytes"]

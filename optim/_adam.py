@@ -1,0 +1,185 @@
+"""Adam: its hyperparameters, its step for dense parameters, and its direction for projected gradients."""
+
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from slimstate.ops import stochastic_round_
+from slimstate.projections._base import compute_dtype
+from slimstate.projections._blocks import blocks
+
+from ._base import Group, Optimizer, Spec, State
+
+__all__ = ["EXP_AVG", "EXP_AVG_SQ", "WEIGHT", "adam_direction", "adamw_step_", "check_adam", "moment_dtype", "moments_spec", "store_", "weight_rounding"]
+
+# Purposes of random bits: what is rounded. `_projected` goes on from here.
+WEIGHT, EXP_AVG, EXP_AVG_SQ = range(3)
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
+MOMENT_DTYPES = ("float32", "bfloat16", "param")
+
+
+def check_adam(group: Group) -> None:
+    """Checks the hyperparameters that every Adam here has.
+
+    Raises:
+        ValueError: names the argument, its value and what is allowed.
+    """
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+    elif not is_number(lr) or not lr >= 0:
+        raise ValueError(f"lr must be a number >= 0 or a 1-element Tensor, got {lr!r}")
+    betas = group["betas"]
+    if not (isinstance(betas, tuple | list) and len(betas) == 2 and all(is_number(b) and 0 <= b < 1 for b in betas)):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
+    for key in ("eps", "weight_decay"):
+        if not is_number(group[key]) or not group[key] >= 0:
+            raise ValueError(f"{key} must be a number >= 0, got {group[key]!r}")
+    if isinstance(group["moment_dtype"], torch.dtype):
+        group["moment_dtype"] = str(group["moment_dtype"]).removeprefix("torch.")
+    if group["moment_dtype"] not in (None, *MOMENT_DTYPES):
+        allowed = ", ".join(MOMENT_DTYPES)
+        raise ValueError(f"moment_dtype must be None or one of {allowed}, got {group['moment_dtype']!r}")
+    if group["stochastic_rounding"] not in (None, True, False):
+        raise ValueError(f"stochastic_rounding must be None, True or False, got {group['stochastic_rounding']!r}")
+    if not isinstance(group["seed"], Integral) or isinstance(group["seed"], bool):
+        raise ValueError(f"seed must be an int, got {group['seed']!r}")
+
+
+def is_number(x: Any) -> bool:
+    return isinstance(x, Real) and not isinstance(x, bool)
+
+
+def moment_dtype(p: Tensor, group: Group) -> torch.dtype:
+    """What moments are kept in: by default float32, and float64 for float64 parameters."""
+    match group["moment_dtype"]:
+        case "bfloat16":
+            return torch.bfloat16
+        case "param":
+            return p.dtype
+        case _:
+            return compute_dtype(p.dtype)
+
+
+def moments_spec(p: Tensor, group: Group, shape: tuple[int, ...]) -> Spec:
+    """The two moments of something of this shape."""
+    dtype = moment_dtype(p, group)
+    return {"exp_avg": (shape, dtype), "exp_avg_sq": (shape, dtype)}
+
+
+def adamw_step_(optimizer: Optimizer, params: list[Tensor], group: Group) -> None:
+    r"""AdamW on whole parameters, as torch.optim.AdamW:
+
+    .. math::
+        M \leftarrow \beta_1 M + (1-\beta_1) G, \quad V \leftarrow \beta_2 V + (1-\beta_2) G^2, \quad
+        W \leftarrow (1-\eta\lambda) W - \eta \frac{M / (1-\beta_1^t)}{\sqrt{V / (1-\beta_2^t)} + \epsilon}.
+
+    float32 and float64 go through torch's fused kernel. Lower precision, moments of another dtype and strided memory
+    go through the same kernel in wide copies of a few MiB, and are rounded stochastically on the way back.
+    """
+    whole: list[tuple[Tensor, ...]] = []
+    for p in params:
+        state = optimizer.state[p]
+        parts = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
+        if all(x.is_contiguous() and x.dtype == p.dtype for x in parts) and p.dtype not in LOW_PRECISION:
+            whole.append((*parts, state["step"]))
+        else:
+            _step_in_blocks_(optimizer, p, state, group)
+    if whole:
+        _fused_(*map(list, zip(*whole, strict=True)), group=group)
+
+
+def _step_in_blocks_(optimizer: Optimizer, p: Tensor, state: State, group: Group) -> None:
+    dtype = compute_dtype(p.dtype)
+    keys = [weight_rounding(optimizer, p, group), *(optimizer._draw(p, group, x) for x in (EXP_AVG, EXP_AVG_SQ))]
+    targets = [x if x.ndim else x.view(1) for x in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])]
+    for s in blocks(targets[0], 0, dtype.itemsize):
+        stored = [x[s] for x in targets]
+        w, g, m, v = (x.to(dtype, memory_format=torch.contiguous_format) for x in stored)
+        _fused_([w], [g], [m], [v], [state["step"]], group=group)
+        offset = s.start * (w.numel() // max(1, w.shape[0]))
+        for target, value, key in zip((stored[0], *stored[2:]), (w, m, v), keys, strict=True):
+            store_(target, value, key, offset)
+
+
+def _fused_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    *,
+    group: Group,
+    lr: float | None = None,
+    weight_decay: float | None = None,
+) -> None:
+    """torch's AdamW kernel over lists; `steps` already count this step and are not changed."""
+    adamw(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        [torch.full((), step.item() - 1, device=p.device) for step, p in zip(steps, params, strict=True)],
+        fused=params[0].device.type in FUSED_DEVICES,
+        foreach=False,
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=float(group["lr"]) if lr is None else lr,
+        weight_decay=group["weight_decay"] if weight_decay is None else weight_decay,
+        eps=group["eps"],
+        maximize=group["maximize"],
+    )
+
+
+def adam_direction(optimizer: Optimizer, p: Tensor, r: Tensor, group: Group, age: Tensor) -> Tensor:
+    r"""Takes the projected gradient R into the moments of `p`, and returns the descent direction in the subspace:
+
+    .. math::
+        M \leftarrow \beta_1 M + (1-\beta_1) R, \quad V \leftarrow \beta_2 V + (1-\beta_2) R^2, \quad
+        U = -\frac{M / (1-\beta_1^t)}{\sqrt{V / (1-\beta_2^t)} + \epsilon}.
+
+    Args:
+        optimizer: whose state holds the moments.
+        p: the parameter.
+        r: R (r x k), in the dtype of arithmetic.
+        group: the hyperparameters; `maximize` turns U around.
+        age: t, the number of gradients in the moments, this one included.
+
+    Returns:
+        U, of R's shape.
+    """
+    state = optimizer.state[p]
+    m, v = (state[key].to(r.dtype) for key in ("exp_avg", "exp_avg_sq"))
+    u = torch.zeros_like(r)  # a weight of zero that takes one step of size 1 becomes the direction
+    _fused_([u], [r], [m], [v], [age], group=group, lr=1.0, weight_decay=0.0)
+    store_(state["exp_avg"], m, optimizer._draw(p, group, EXP_AVG))
+    store_(state["exp_avg_sq"], v, optimizer._draw(p, group, EXP_AVG_SQ))
+    return u
+
+
+def weight_rounding(optimizer: Optimizer, p: Tensor, group: Group) -> int | None:
+    """The key of this step's stochastic rounding of the weight; None where it is not rounded, or to nearest."""
+    if p.dtype not in LOW_PRECISION or group["stochastic_rounding"] is False:
+        return None
+    return optimizer._draw(p, group, WEIGHT)
+
+
+def store_(target: Tensor, value: Tensor, key: int | None, offset: int = 0) -> None:
+    """target <- value; rounded stochastically where precision is lost, to nearest without a key.
+
+    A second moment in bfloat16 needs it: with beta2 = 0.999 a step changes it by less than half a unit in the last place.
+    """
+    if target.data_ptr() == value.data_ptr() and target.dtype == value.dtype:
+        return
+    if key is not None and target.dtype in LOW_PRECISION and value.dtype == torch.float32:
+        stochastic_round_(target, value, key, offset)
+    else:
+        target.copy_(value)

@@ -1,0 +1,206 @@
+"""What every optimizer here shares with torch.optim, and what torch.optim lacks: strict groups, states that keep their
+dtypes, and checkpoints that are loaded whole or refused whole."""
+
+import zlib
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimstate.ops import counter_key
+
+__all__ = ["Group", "Optimizer", "Spec", "State", "refuse"]
+
+Group = dict[str, Any]
+State = dict[str, Any]
+Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+# What a group may carry beside its optimizer's hyperparameters: torch's own keys, and a name for the reader.
+BOOKKEEPING = frozenset({"params", "param_names", "name", "initial_lr"})
+
+# torch.optim.AdamW's remaining keywords: the values that mean the same here, and what to do about the others.
+TORCH_KEYWORDS: dict[str, tuple[tuple[bool | None, ...], str]] = {
+    "amsgrad": ((False,), "a running maximum has no meaning in a subspace that changes; leave it False"),
+    "foreach": ((None, False), "torch's fused kernel is used wherever there is one; leave it None"),
+    "fused": ((None, True), "torch's fused kernel is used wherever there is one; leave it None"),
+    "capturable": ((False,), "the step counter stays on the CPU; leave it False"),
+    "differentiable": ((False,), "steps are not recorded by autograd; leave it False"),
+}
+
+
+def refuse(name: str, keywords: dict[str, Any]) -> None:
+    """Takes the keywords of torch.optim.AdamW that change nothing here, and raises for every other one.
+
+    Raises:
+        TypeError: for a keyword that torch.optim.AdamW does not have either.
+        ValueError: for a value that is not supported; says what to use.
+    """
+    for key, value in keywords.items():
+        if key not in TORCH_KEYWORDS:
+            raise TypeError(f"{name} got an unexpected keyword argument {key!r}")
+        allowed, advice = TORCH_KEYWORDS[key]
+        if value not in allowed:
+            raise ValueError(f"{key}={value!r} is not supported by {name}: {advice}")
+
+
+class Optimizer(torch.optim.Optimizer):
+    """A torch optimizer whose mathematics is in `_step_group`, and whose state is declared by `_spec`.
+
+    The state of a parameter is flat: `step` (0-d float32, on the CPU), `stream` (an int that numbers its random draws)
+    and the tensors of `_spec`. The first step creates all of it.
+    """
+
+    def _check(self, group: Group) -> None:
+        """Checks a filled group, and may bring its values to the form that groups keep.
+
+        Raises:
+            ValueError: names the argument, its value and what is allowed.
+        """
+        raise NotImplementedError
+
+    def _spec(self, p: Tensor, group: Group) -> Spec:
+        """The state's tensors: name -> (shape, dtype). Those of dtype int32 are counters and stay on the CPU."""
+        raise NotImplementedError
+
+    def _step_group(self, group: Group, params: list[Tensor]) -> None:
+        """Updates `params`, those of the group that have a gradient; their `step` already counts this step."""
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: Group) -> None:
+        """As torch's, but an unknown key, a value out of range or a parameter that is not real floating point raises
+        before anything is changed, and the caller's dict is left as it is."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
+        unknown = sorted(param_group.keys() - self.defaults.keys() - BOOKKEEPING)
+        if unknown:
+            known = ", ".join(sorted(self.defaults.keys() | BOOKKEEPING))
+            raise ValueError(f"unknown key {unknown[0]!r} in a group of {type(self).__name__}; known are {known}")
+        group = self.defaults | param_group
+        if not isinstance(group["params"], Tensor | set):
+            group["params"] = list(group["params"])
+            for p in group["params"]:
+                p = p[1] if isinstance(p, tuple) else p
+                if isinstance(p, Tensor) and not p.is_floating_point():
+                    raise ValueError(f"{type(self).__name__} takes real floating-point parameters, got {p.dtype}")
+        self._check(group)
+        super().add_param_group(group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Performs one step.
+
+        Args:
+            closure: reevaluates the model and returns the loss; called with gradients enabled.
+
+        Returns:
+            What the closure returned, else None.
+
+        Raises:
+            RuntimeError: for a sparse or complex gradient, before anything is changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for name, p, _ in self._named():
+            if p.grad is not None and (p.grad.is_complex() or p.grad.layout != torch.strided):
+                kind = "complex" if p.grad.is_complex() else "sparse"
+                raise RuntimeError(f"{type(self).__name__} takes dense real gradients, got a {kind} one for {name}")
+        self._create_states()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                self.state[p]["step"] += 1
+            self._step_group(group, params)
+        return loss
+
+    def _create_states(self) -> None:
+        for position, (name, p, group) in enumerate(self._named()):
+            if p.grad is None or self.state[p]:
+                continue
+            # By name where there is one, so that the draws do not depend on the order of the parameters.
+            stream = zlib.crc32(name.encode()) if "param_names" in group else position
+            state: State = {"step": torch.zeros((), dtype=torch.float32), "stream": stream}
+            for key, (shape, dtype) in self._spec(p, group).items():
+                state[key] = torch.zeros(shape, dtype=dtype, device="cpu" if dtype == torch.int32 else p.device)
+            self.state[p].update(state)
+
+    def _named(self) -> Iterator[tuple[str, Tensor, Group]]:
+        """(name or position, parameter, group) of every parameter."""
+        position = 0
+        for group in self.param_groups:
+            for i, p in enumerate(group["params"]):
+                yield group["param_names"][i] if "param_names" in group else f"number {position}", p, group
+                position += 1
+
+    def _draw(self, p: Tensor, group: Group, purpose: int) -> int:
+        """The key of one purpose's random bits in this step: a function of the seed, the parameter and the step."""
+        state = self.state[p]
+        return counter_key(group["seed"], state["stream"], int(state["step"]), purpose)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but tensors keep their dtypes and are copied, and a checkpoint that does not fit is refused whole.
+
+        torch casts every tensor except `step` to its parameter's dtype, which ruins the float32 moments of bfloat16
+        weights; and it looks at no shape.
+
+        Raises:
+            ValueError: if a state does not belong to its parameter; names the parameter and what differs.
+        """
+        kept: dict[Tensor, State] = {}
+
+        def keep(_: torch.optim.Optimizer, final: dict[str, Any]) -> None:
+            kept.update(self._matched(final))
+
+        def restore(_: torch.optim.Optimizer) -> None:
+            for p, state in kept.items():
+                self.state[p].update(state)
+
+        # After the users' own pre-hooks, to see what they made of the dict, and before their post-hooks.
+        before = self.register_load_state_dict_pre_hook(keep)
+        after = self.register_load_state_dict_post_hook(restore, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _matched(self, state_dict: dict[str, Any]) -> dict[Tensor, State]:
+        """Parameter -> copies of its saved tensors, on the devices where they belong."""
+        saved_groups = state_dict["param_groups"]
+        if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in self.param_groups]:
+            return {}  # torch raises for these
+        matched = {}
+        saved = chain.from_iterable(((key, group) for key in group["params"]) for group in saved_groups)
+        for (name, p, _), (key, group) in zip(self._named(), saved, strict=True):
+            state = state_dict["state"].get(key)
+            if not state:
+                continue
+            for entry, (shape, _) in self._spec(p, self.defaults | group).items():
+                found = tuple(state[entry].shape) if isinstance(state.get(entry), Tensor) else "none"
+                if found != shape:
+                    raise ValueError(
+                        f"the checkpoint does not fit this model: {entry!r} of parameter {name} must have shape "
+                        f"{shape}, found {found}"
+                    )
+            matched[p] = {
+                entry: value.detach().to("cpu" if entry == "step" or value.dtype == torch.int32 else p.device, copy=True)
+                for entry, value in state.items()
+                if isinstance(value, Tensor)
+            }
+        return matched
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Fills in what an older checkpoint lacks."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+        for position, (_, p, _) in enumerate(self._named()):
+            if p in self.state and self.state[p]:
+                entry = self.state[p]
+                entry.setdefault("stream", position)
+                if not isinstance(entry["step"], Tensor):
+                    entry["step"] = torch.tensor(float(entry["step"]))

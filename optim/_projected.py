@@ -1,0 +1,231 @@
+"""What the optimizers share whose moments live in a subspace: which matrices are projected, when their bases change, and
+what then becomes of the moments."""
+
+import math
+import warnings
+from dataclasses import fields
+from numbers import Integral
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from slimstate.projections import SVD, MatrixView, PowerIteration, Projection, RandomOrthogonal
+from slimstate.projections._base import check_rank, compute_dtype
+from slimstate.projections._matrix import SIDES
+
+from ._adam import adamw_step_, check_adam, is_number, moments_spec, store_
+from ._base import Group, Optimizer, Spec
+
+__all__ = ["ProjectedOptimizer", "due", "rotate_"]
+
+TRANSPORTS = ("rotate", "keep", "reset")
+ROTATED_EXP_AVG, ROTATED_EXP_AVG_SQ = 3, 4  # purposes of random bits, after `_adam`'s
+
+# galore-torch's names for the side
+PROJ_TYPES = {"std": "auto", "reverse_std": "reverse", "left": "left", "right": "right"}
+
+
+class ProjectedOptimizer(Optimizer):
+    """Projects the matrices of groups that have a rank, gives AdamW to everything else, and refreshes the bases."""
+
+    projections: ClassVar[dict[str, type[Projection]]] = {
+        "svd": SVD,
+        "power": PowerIteration,
+        "random": RandomOrthogonal,
+    }
+
+    def __init__(self, params: ParamsT, defaults: Group) -> None:
+        projection = defaults["projection"]
+        if isinstance(projection, Projection):
+            names = {kind: name for name, kind in self.projections.items()}
+            if type(projection) not in names:
+                raise ValueError(f"projection must be one of {', '.join(self.projections)}, got {projection!r}")
+            defaults |= {f.name: getattr(projection, f.name) for f in fields(projection)}
+            defaults["projection"] = names[type(projection)]
+        if not isinstance(params, Tensor):
+            params = list(params)
+            if any(isinstance(group, dict) and "rank" in group for group in params):
+                defaults = defaults | {"rank": None}  # as in galore-torch: then the other groups are dense
+        super().__init__(params, defaults)
+        if not any(self._is_projected(p, group) for _, p, group in self._named()):
+            raise ValueError(
+                "no parameter can be projected: a rank needs a non-empty parameter of two or more dimensions "
+                f"(flat partitions have lost theirs); got shapes {[tuple(p.shape) for _, p, _ in self._named()][:4]}"
+            )
+
+    def _update(self, p: Tensor, m: Tensor, group: Group, projection: Projection, view: MatrixView) -> None:
+        """Updates one projected parameter from its gradient M, after its basis was refreshed if it was due."""
+        raise NotImplementedError
+
+    # Groups.
+
+    def add_param_group(self, param_group: Group) -> None:
+        """As `Optimizer.add_param_group`; understands galore-torch's `proj_type`."""
+        if isinstance(param_group, dict):
+            param_group = dict(param_group)
+            if "dim" in param_group:
+                raise NotImplementedError("dim: tensors are seen as matrices, dim 0 against the rest; leave the key out")
+            if "proj_type" in param_group:
+                proj_type = param_group.pop("proj_type")
+                if proj_type == "full":
+                    raise NotImplementedError("proj_type='full' (both sides) is not supported; use 'std'")
+                if proj_type not in PROJ_TYPES:
+                    raise ValueError(f"proj_type must be one of {', '.join(PROJ_TYPES)}, got {proj_type!r}")
+                if param_group.setdefault("side", PROJ_TYPES[proj_type]) != PROJ_TYPES[proj_type]:
+                    raise ValueError(f"proj_type={proj_type!r} contradicts side={param_group['side']!r}")
+            if param_group.get("rank") is not None and not isinstance(param_group["params"], Tensor | set):
+                param_group["params"] = list(param_group["params"])
+                tensors = [p[1] if isinstance(p, tuple) else p for p in param_group["params"]]
+                if not any(isinstance(p, Tensor) and p.ndim >= 2 and p.numel() for p in tensors):
+                    raise ValueError(
+                        f"rank={param_group['rank']!r} is set for a group without a non-empty parameter of two or more "
+                        "dimensions; leave it out there"
+                    )
+        super().add_param_group(param_group)
+        self._report_clamped(self.param_groups[-1])
+
+    def _check(self, group: Group) -> None:
+        check_adam(group)
+        if group["rank"] is not None:
+            group["rank"] = check_rank(group["rank"])
+        gap = group["update_proj_gap"]
+        if not isinstance(gap, Integral) or isinstance(gap, bool) or gap < 1:
+            raise ValueError(f"update_proj_gap must be an int >= 1 (steps), got {gap!r}")
+        if not is_number(group["scale"]) or not group["scale"] >= 0:
+            raise ValueError(f"scale must be a number >= 0, got {group['scale']!r}")
+        if group["projection"] not in self.projections:
+            raise ValueError(f"projection must be one of {', '.join(self.projections)}, got {group['projection']!r}")
+        if group["side"] not in SIDES:
+            raise ValueError(f"side must be one of {', '.join(SIDES)}, got {group['side']!r}")
+        if group["transport"] not in TRANSPORTS:
+            raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {group['transport']!r}")
+        if not isinstance(group["batch_dims"], Integral) or group["batch_dims"] < 0:
+            raise ValueError(f"batch_dims must be an int >= 0, got {group['batch_dims']!r}")
+
+    def _report_clamped(self, group: Group) -> None:
+        if not isinstance(group["rank"], int):
+            return
+        views = [self._view(p, group) for p in group["params"] if self._is_projected(p, group)]
+        clamped = [view for view in views if group["rank"] > min(view.d, view.k)]
+        if clamped:
+            warnings.warn(
+                f"rank {group['rank']} is above the smaller side of {len(clamped)} of {len(views)} matrices, such as "
+                f"{clamped[0].shape}, and is clamped to it there: these get AdamW in a rotated basis, and save nothing",
+                stacklevel=2,
+            )
+
+    def _is_projected(self, p: Tensor, group: Group) -> bool:
+        return group["rank"] is not None and p.ndim >= group["batch_dims"] + 2 and p.numel() > 0
+
+    def _projection(self, group: Group) -> Projection:
+        kind = self.projections[group["projection"]]
+        return kind(**{f.name: group[f.name] for f in fields(kind)})
+
+    def _view(self, p: Tensor, group: Group) -> MatrixView:
+        return self._projection(group).view(tuple(p.shape), group["batch_dims"])
+
+    # State.
+
+    def _spec(self, p: Tensor, group: Group) -> Spec:
+        if not self._is_projected(p, group):
+            return moments_spec(p, group, tuple(p.shape))
+        projection = self._projection(group)
+        view = projection.view(tuple(p.shape), group["batch_dims"])
+        basis = (*view.lead, *projection.shape_of(view))
+        spec = moments_spec(p, group, (*view.lead, projection.rank_of(view.d, view.k), view.k))
+        spec[projection.key] = (basis, compute_dtype(p.dtype))
+        spec["refreshes"] = (view.lead, torch.int32)
+        if group["transport"] == "reset":
+            spec["age"] = ((), torch.int32)
+        return spec
+
+    def _age(self, p: Tensor) -> Tensor:
+        """How many gradients the moments have seen: what bias correction goes by."""
+        state = self.state[p]
+        return state.get("age", state["step"])
+
+    # Steps.
+
+    def _step_group(self, group: Group, params: list[Tensor]) -> None:
+        adamw_step_(self, [p for p in params if not self._is_projected(p, group)], group)
+        if group["rank"] is None:
+            return
+        projection = self._projection(group)
+        matrices = [p for p in group["params"] if self._is_projected(p, group)]
+        for place, p in enumerate(matrices):
+            if p.grad is None:
+                continue
+            view = projection.view(tuple(p.shape), group["batch_dims"])
+            m = view.open(p.grad)
+            scheduled = due(int(self.state[p]["step"]), place, len(matrices), group["update_proj_gap"])
+            self._refresh(p, m, group, projection, view, scheduled)
+            if "age" in self.state[p]:
+                self.state[p]["age"] += 1
+            self._update(p, m, group, projection, view)
+
+    def _refresh(
+        self, p: Tensor, m: Tensor, group: Group, projection: Projection, view: MatrixView, scheduled: bool
+    ) -> None:
+        """Fits a new basis to M where it is due, and carries the moments over.
+
+        A matrix that has no basis yet is due at every step. One whose gradient is zero or not finite keeps what it has.
+        """
+        state = self.state[p]
+        refreshes = state["refreshes"].view(-1)
+        if not scheduled and bool(refreshes.all()):
+            return
+        stacked = [state[projection.key], m, state["exp_avg"], state["exp_avg_sq"]]
+        members = zip(*(stacked if view.lead else [x[None] for x in stacked]), strict=True)
+        for j, (basis, matrix, exp_avg, exp_avg_sq) in enumerate(members):
+            fitted = int(refreshes[j])
+            if fitted and not scheduled:
+                continue
+            size = torch.linalg.vector_norm(matrix, ord=torch.inf).item()
+            if not torch.finfo(torch.float32).tiny <= size < math.inf:
+                continue
+            old = basis.clone() if fitted else None
+            basis.copy_(projection.fit(matrix, old, (state["stream"], fitted, j)))
+            refreshes[j] += 1
+            if old is not None and group["transport"] == "rotate":
+                keys = [self._draw(p, group, purpose) for purpose in (ROTATED_EXP_AVG, ROTATED_EXP_AVG_SQ)]
+                overlap = projection.overlap(basis, old)
+                rotate_(exp_avg, exp_avg_sq, overlap, group["betas"], state["step"].item() - 1, keys, j * exp_avg.numel())
+        if group["transport"] == "reset":
+            for key in ("exp_avg", "exp_avg_sq", "age"):
+                state[key].zero_()
+
+
+def due(step: int, place: int, count: int, gap: int) -> bool:
+    """Whether matrix `place` of `count` gets a new basis at its `step`: at step 1, and every `gap` steps from
+    1 + floor(place * gap / count), so that no step pays for all of them."""
+    return step == 1 or (step > 1 and (step - 1 - place * gap // count) % gap == 0)
+
+
+def rotate_(
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    overlap: Tensor,
+    betas: tuple[float, float],
+    age: float,
+    keys: list[int],
+    offset: int = 0,
+) -> None:
+    r"""Carries the moments M, V (r x k) into a new basis, in place; C = Q_new^T Q_old (r x r) is the overlap.
+
+    V is read as a variance around the mean, and both are rotated, as in LDAdam, https://arxiv.org/abs/2410.16103
+
+    .. math::
+        M \leftarrow C M, \qquad
+        V \leftarrow (1-\beta_2^t) \left| C^{\circ 2} (\hat V - \hat M^{\circ 2}) + (C \hat M)^{\circ 2} \right|,
+
+    with hats for the bias-corrected moments of age t >= 1. For C = I nothing changes.
+    """
+    bias1, bias2 = (1 - beta**age for beta in betas)
+    mean = exp_avg.to(overlap.dtype)
+    variance = exp_avg_sq.to(overlap.dtype) / bias2 - (mean / bias1).square()
+    mean = overlap @ mean
+    second = (overlap.square() @ variance).add_((mean / bias1).square()).abs_().mul_(bias2)
+    store_(exp_avg, mean, keys[0], offset)
+    store_(exp_avg_sq, second, keys[1], offset)

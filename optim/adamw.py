@@ -1,0 +1,87 @@
+"""AdamW, the full-rank baseline. Loshchilov and Hutter, 2019. https://arxiv.org/abs/1711.05101"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ._adam import adamw_step_, check_adam, moments_spec
+from ._base import Group, Optimizer, Spec, refuse
+
+__all__ = ["AdamW"]
+
+
+class AdamW(Optimizer):
+    r"""torch.optim.AdamW, bit for bit in float32 and float64, with bfloat16 and float16 weights that do move.
+
+    .. math::
+        M_t = \beta_1 M_{t-1} + (1-\beta_1) G_t, \qquad V_t = \beta_2 V_{t-1} + (1-\beta_2) G_t^2, \\
+        W_t = (1-\eta\lambda) W_{t-1} - \eta\,\frac{M_t / (1-\beta_1^t)}{\sqrt{V_t / (1-\beta_2^t)} + \epsilon}.
+
+    Weights of low precision are updated in float32 and rounded stochastically: rounding to nearest swallows every update
+    below half a unit in the last place (a bfloat16 weight of 1 never moves by steps of 1e-3).
+
+    State of a parameter of n elements: 2 n elements in `moment_dtype`, and `step`.
+
+    Args:
+        params: parameters, named parameters, or groups.
+        lr: learning rate :math:`\eta`; a 1-element Tensor is read at every step.
+        betas: decay rates of the moments. Default (0.9, 0.999), as all defaults here torch.optim.AdamW's.
+        eps: :math:`\epsilon`, added to the root.
+        weight_decay: decoupled weight decay :math:`\lambda`.
+        maximize: ascend instead.
+        moment_dtype: `float32`, `bfloat16` (rounded stochastically) or `param` (the parameter's); None means float32, and
+            float64 for float64 parameters.
+        stochastic_rounding: of weights in bfloat16 and float16; None means on.
+        seed: of the rounding.
+        torch_keywords: `foreach`, `fused`, `capturable`, `differentiable` and `amsgrad`, where they change nothing.
+
+    Raises:
+        ValueError: for a value out of range, an unknown group key, or a torch keyword that is not supported.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+        >>> optimizer = AdamW([weight], lr=1e-3)
+        >>> weight.grad = torch.ones_like(weight)
+        >>> optimizer.step()
+        >>> optimizer.state[weight]["exp_avg"].dtype
+        torch.float32
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+        moment_dtype: str | torch.dtype | None = None,
+        stochastic_rounding: bool | None = None,
+        seed: int = 0,
+        **torch_keywords: Any,
+    ) -> None:
+        refuse("AdamW", torch_keywords)
+        defaults = dict(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            maximize=maximize,
+            moment_dtype=moment_dtype,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
+        )
+        super().__init__(params, defaults)
+
+    def _check(self, group: Group) -> None:
+        check_adam(group)
+
+    def _spec(self, p: Tensor, group: Group) -> Spec:
+        return moments_spec(p, group, tuple(p.shape))
+
+    def _step_group(self, group: Group, params: list[Tensor]) -> None:
+        adamw_step_(self, params, group)

@@ -1,0 +1,171 @@
+"""The interface that every projection implements, and the half of it that dense bases share."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from slimstate.ops import stochastic_round_
+
+from ._blocks import blocks
+from ._matrix import SIDES, MatrixView, Side, matrix_view
+
+__all__ = ["DenseProjection", "Projection", "check_rank", "compute_dtype"]
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Arithmetic is done in float32, in float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_rank(rank: object) -> int | float:
+    """A rank in the form that groups keep: a Python int (a count) or a float (a share).
+
+    Raises:
+        ValueError: unless it is an int >= 1 or a float in (0, 1].
+    """
+    if isinstance(rank, Integral) and not isinstance(rank, bool) and rank >= 1:
+        return int(rank)
+    if isinstance(rank, Real) and not isinstance(rank, Integral) and 0 < rank <= 1:
+        return float(rank)
+    raise ValueError(f"rank must be an int >= 1 (a count) or a float in (0, 1] (a share of the axis), got {rank!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projection(ABC):
+    """Compresses M (d x k) to R = Q^T M (r x k), and brings R back as Q R.
+
+    Args:
+        rank: r as a count (int >= 1), or as a share of d (float in (0, 1], `max(1, floor(share * d))`); clamped to the
+            smaller side of M. Default 0.25, the ratio of GaLore's 60M and 7B runs.
+        side: the axis that is compressed, see `matrix_view`. Default `auto`, the shorter one, as in galore-torch.
+        seed: of whatever is drawn at random. What is drawn is a pure function of the seed and the counter given to `fit`.
+
+    Raises:
+        ValueError: for a rank or a side out of range.
+    """
+
+    rank: int | float = 0.25
+    side: Side = "auto"
+    seed: int = 0
+
+    key: ClassVar[str]
+    """The name under which what `fit` returns is kept in an optimizer's state."""
+
+    def __post_init__(self) -> None:
+        check_rank(self.rank)
+        if self.side not in SIDES:
+            raise ValueError(f"side must be one of {', '.join(SIDES)}, got {self.side!r}")
+
+    def view(self, shape: tuple[int, ...], batch_dims: int = 0) -> MatrixView:
+        """How a parameter of this shape is seen as M."""
+        return matrix_view(shape, self.side, batch_dims)
+
+    def rank_of(self, d: int, k: int) -> int:
+        """The effective r for M (d x k): a share is turned into a count, a count is clamped to the smaller side."""
+        return min(self.rank if isinstance(self.rank, int) else max(1, math.floor(self.rank * d)), d, k)
+
+    @abstractmethod
+    def shape_of(self, view: MatrixView) -> tuple[int, ...]:
+        """Shape of what `fit` returns, behind the stack's axis if there is one."""
+
+    @abstractmethod
+    def fit(self, m: Tensor, old: Tensor | None, counter: tuple[int, ...]) -> Tensor:
+        """Chooses a subspace for one matrix.
+
+        Args:
+            m: M (d x k), finite and not all zero, of any floating dtype.
+            old: what was returned for this matrix last time, None at first.
+            counter: numbers the draw: the parameter's stream, the refresh count, and the place in a stack.
+        """
+
+    @abstractmethod
+    def down(self, m: Tensor, basis: Tensor) -> Tensor:
+        """R = Q^T M (r x k), in the basis' dtype."""
+
+    @abstractmethod
+    def up(self, r: Tensor, basis: Tensor, d: int) -> Tensor:
+        """Q R (d x k): the part of M that the subspace holds, if R is M's."""
+
+    @abstractmethod
+    def overlap(self, new: Tensor, old: Tensor) -> Tensor:
+        """C = Q_new^T Q_old (r x r): reads in the new basis what was written in the old one."""
+
+
+class DenseProjection(Projection):
+    """A projection that keeps an orthonormal Q (d x r)."""
+
+    key: ClassVar[str] = "basis"
+
+    def shape_of(self, view: MatrixView) -> tuple[int, ...]:
+        """(d, r)."""
+        return (view.d, self.rank_of(view.d, view.k))
+
+    def down(self, m: Tensor, basis: Tensor) -> Tensor:
+        """R = Q^T M; a gradient of lower precision is widened in column blocks."""
+        if m.dtype == basis.dtype:
+            return basis.mT @ m
+        r = basis.new_empty(*m.shape[:-2], basis.shape[-1], m.shape[-1])
+        for s in blocks(m, -1, basis.itemsize):
+            r[..., s] = basis.mT @ m[..., s].to(basis.dtype)
+        return r
+
+    def up(self, r: Tensor, basis: Tensor, d: int) -> Tensor:
+        """Q R; `d` is the basis' own."""
+        return basis @ r
+
+    def overlap(self, new: Tensor, old: Tensor) -> Tensor:
+        """Q_new^T Q_old."""
+        return new.mT @ old
+
+    def write_back_(
+        self,
+        p: Tensor,
+        view: MatrixView,
+        basis: Tensor,
+        u: Tensor,
+        *,
+        alpha: float,
+        beta: float,
+        rounding: int | None = None,
+    ) -> None:
+        """W <- beta W + alpha Q U, in place and without a temporary of W's size.
+
+        Args:
+            p: the parameter W, of any dtype and memory layout.
+            view: how M and W are related.
+            basis: Q (d x r), or a stack of them.
+            u: U (r x k), or a stack of them, in the basis' dtype.
+            alpha: factor of the update.
+            beta: factor of the weight, 1 - lr * weight_decay.
+            rounding: key of the stochastic rounding of a low-precision weight; None rounds to nearest.
+        """
+        a, b = (u.mT, basis.mT) if view.transposed else (basis, u)  # in W's own orientation: A (rows, r), B (r, columns)
+        if p.dtype == basis.dtype and (w := _matrix_in_place(p, view)) is not None:
+            w.addmm_(a, b, beta=beta, alpha=alpha) if w.ndim == 2 else w.baddbmm_(a, b, beta=beta, alpha=alpha)
+            return
+        if not view.lead:
+            a, b = a[None], b[None]
+        for index, (w, a, b) in enumerate(zip(view.members(p), a, b, strict=True)):
+            for s in blocks(w, 0, basis.itemsize):
+                target = w[s]
+                wide = target.to(basis.dtype, copy=True).reshape(-1, view.columns)
+                wide.addmm_(a[s], b, beta=beta, alpha=alpha)
+                if rounding is None or p.dtype == basis.dtype:
+                    target.copy_(wide.view(target.shape))
+                else:
+                    stochastic_round_(
+                        target, wide.view(target.shape), rounding, offset=(index * view.rows + s.start) * view.columns
+                    )
+
+
+def _matrix_in_place(p: Tensor, view: MatrixView) -> Tensor | None:
+    """The parameter's own memory as rows x columns, or None where its layout has no such view (channels_last, say)."""
+    try:
+        return p.view(*view.lead, view.rows, view.columns)
+    except RuntimeError:
+        return None
