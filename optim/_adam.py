@@ -35,12 +35,16 @@ def check_adam(group: Group) -> None:
             raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
     elif not is_number(lr) or not lr >= 0:
         raise ValueError(f"lr must be a number >= 0 or a 1-element Tensor, got {lr!r}")
+    else:
+        group["lr"] = float(lr)  # a number of numpy's would not load with weights_only=True; so below
     betas = group["betas"]
     if not (isinstance(betas, tuple | list) and len(betas) == 2 and all(is_number(b) and 0 <= b < 1 for b in betas)):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
+    group["betas"] = (float(betas[0]), float(betas[1]))
     for key in ("eps", "weight_decay"):
         if not is_number(group[key]) or not group[key] >= 0:
             raise ValueError(f"{key} must be a number >= 0, got {group[key]!r}")
+        group[key] = float(group[key])
     if isinstance(group["moment_dtype"], torch.dtype):
         group["moment_dtype"] = str(group["moment_dtype"]).removeprefix("torch.")
     if group["moment_dtype"] not in (None, *MOMENT_DTYPES):
@@ -50,6 +54,7 @@ def check_adam(group: Group) -> None:
         raise ValueError(f"stochastic_rounding must be None, True or False, got {group['stochastic_rounding']!r}")
     if not isinstance(group["seed"], Integral) or isinstance(group["seed"], bool):
         raise ValueError(f"seed must be an int, got {group['seed']!r}")
+    group["seed"] = int(group["seed"])
 
 
 def is_number(x: Any) -> bool:
@@ -101,7 +106,7 @@ def _step_in_blocks_(optimizer: Optimizer, p: Tensor, state: State, group: Group
     targets = [x if x.ndim else x.view(1) for x in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])]
     for s in blocks(targets[0], 0, dtype.itemsize):
         stored = [x[s] for x in targets]
-        w, g, m, v = (x.to(dtype, memory_format=torch.contiguous_format) for x in stored)
+        w, g, m, v = (x.to(dtype).contiguous() for x in stored)
         _fused_([w], [g], [m], [v], [state["step"]], group=group)
         offset = s.start * (w.numel() // max(1, w.shape[0]))
         for target, value, key in zip((stored[0], *stored[2:]), (w, m, v), keys, strict=True):
@@ -126,7 +131,7 @@ def _fused_(
         exp_avgs,
         exp_avg_sqs,
         [],
-        [torch.full((), step.item() - 1, device=p.device) for step, p in zip(steps, params, strict=True)],
+        [torch.full((), step.item() - 1, dtype=torch.float32, device=p.device) for step, p in zip(steps, params, strict=True)],
         fused=params[0].device.type in FUSED_DEVICES,
         foreach=False,
         amsgrad=False,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from slimstate.ops import counter_key
 
@@ -51,6 +52,10 @@ class Optimizer(torch.optim.Optimizer):
     The state of a parameter is flat: `step` (0-d float32, on the CPU), `stream` (an int that numbers its random draws)
     and the tensors of `_spec`. The first step creates all of it.
     """
+
+    def __init__(self, params: ParamsT, defaults: Group) -> None:
+        self._check(defaults)
+        super().__init__(params, defaults)
 
     def _check(self, group: Group) -> None:
         """Checks a filled group, and may bring its values to the form that groups keep.

@@ -17,9 +17,11 @@ from slimstate.projections._matrix import SIDES
 
 from ._adam import adamw_step_, check_adam, is_number, moments_spec, store_
 from ._base import Group, Optimizer, Spec
+from .groups import shape_text, table
 
-__all__ = ["ProjectedOptimizer", "due", "rotate_"]
+__all__ = ["DEFAULT_RANK", "ProjectedOptimizer", "due", "rotate_"]
 
+DEFAULT_RANK = 0.25  # of the smaller side: about what GaLore takes, 128 of 512 to 1024 of 4096
 TRANSPORTS = ("rotate", "keep", "reset")
 ROTATED_EXP_AVG, ROTATED_EXP_AVG_SQ = 3, 4  # purposes of random bits, after `_adam`'s
 
@@ -37,17 +39,14 @@ class ProjectedOptimizer(Optimizer):
     }
 
     def __init__(self, params: ParamsT, defaults: Group) -> None:
-        projection = defaults["projection"]
-        if isinstance(projection, Projection):
-            names = {kind: name for name, kind in self.projections.items()}
-            if type(projection) not in names:
-                raise ValueError(f"projection must be one of {', '.join(self.projections)}, got {projection!r}")
-            defaults |= {f.name: getattr(projection, f.name) for f in fields(projection)}
-            defaults["projection"] = names[type(projection)]
+        defaults = defaults | self._unfolded(defaults)
         if not isinstance(params, Tensor):
             params = list(params)
-            if any(isinstance(group, dict) and "rank" in group for group in params):
-                defaults = defaults | {"rank": None}  # as in galore-torch: then the other groups are dense
+            given = [group["rank"] for group in params if isinstance(group, dict) and "rank" in group]
+            if given and defaults["rank"] not in (DEFAULT_RANK, *given):
+                raise ValueError(f"rank={defaults['rank']!r} applies to no group: those that are projected set their own")
+            if given:
+                defaults["rank"] = None  # as in galore-torch: then groups without one are dense
         super().__init__(params, defaults)
         if not any(self._is_projected(p, group) for _, p, group in self._named()):
             raise ValueError(
@@ -60,6 +59,20 @@ class ProjectedOptimizer(Optimizer):
         raise NotImplementedError
 
     # Groups.
+
+    def _unfolded(self, defaults: Group) -> Group:
+        """A projection object as the primitives that groups hold."""
+        projection = defaults["projection"]
+        if not isinstance(projection, Projection):
+            return {}
+        names = {kind: name for name, kind in self.projections.items()}
+        if type(projection) not in names:
+            raise ValueError(f"projection must be one of {', '.join(self.projections)}, got {projection!r}")
+        values = {f.name: getattr(projection, f.name) for f in fields(projection)}
+        for f in fields(projection):
+            if defaults[f.name] not in (f.default, values[f.name]):
+                raise ValueError(f"{f.name}={defaults[f.name]!r} contradicts projection={projection!r}")
+        return {"projection": names[type(projection)], **values}
 
     def add_param_group(self, param_group: Group) -> None:
         """As `Optimizer.add_param_group`; understands galore-torch's `proj_type`."""
@@ -93,8 +106,10 @@ class ProjectedOptimizer(Optimizer):
         gap = group["update_proj_gap"]
         if not isinstance(gap, Integral) or isinstance(gap, bool) or gap < 1:
             raise ValueError(f"update_proj_gap must be an int >= 1 (steps), got {gap!r}")
+        group["update_proj_gap"] = int(gap)
         if not is_number(group["scale"]) or not group["scale"] >= 0:
             raise ValueError(f"scale must be a number >= 0, got {group['scale']!r}")
+        group["scale"] = float(group["scale"])
         if group["projection"] not in self.projections:
             raise ValueError(f"projection must be one of {', '.join(self.projections)}, got {group['projection']!r}")
         if group["side"] not in SIDES:
@@ -125,6 +140,29 @@ class ProjectedOptimizer(Optimizer):
 
     def _view(self, p: Tensor, group: Group) -> MatrixView:
         return self._projection(group).view(tuple(p.shape), group["batch_dims"])
+
+    def report(self) -> str:
+        """A table of what every parameter gets: its shape, how it is compressed, and the bytes of its state."""
+        rows, total = [], 0
+        for name, p, group in self._named():
+            how = "dense"
+            if self._is_projected(p, group):
+                projection, view = self._projection(group), self._view(p, group)
+                side = "right" if view.transposed else "left"
+                how = f"{group['projection']}, {side}: {projection.rank_of(view.d, view.k)} of {view.d}"
+            spec = self._spec(p, group) | {"step": ((), torch.float32)}
+            size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in spec.values())
+            rows.append((name, shape_text(tuple(p.shape)), how, f"{size:,} B"))
+            total += size
+        return f"{table(rows)}\nstate in total: {total:,} B"
+
+    def __repr__(self) -> str:
+        everything = list(self._named())
+        projected = sum(self._is_projected(p, group) for _, p, group in everything)
+        return (
+            f"{super().__repr__()}\n{projected} of {len(everything)} parameters are projected, every matrix of a group "
+            "with a rank (embeddings too); see report()"
+        )
 
     # State.
 

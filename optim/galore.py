@@ -10,7 +10,7 @@ from slimstate.projections import MatrixView, Projection
 
 from ._adam import adam_direction, weight_rounding
 from ._base import Group, refuse
-from ._projected import ProjectedOptimizer
+from ._projected import DEFAULT_RANK, ProjectedOptimizer
 
 __all__ = ["GaLoreAdamW"]
 
@@ -87,7 +87,7 @@ class GaLoreAdamW(ProjectedOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        rank: int | float | None = 0.25,
+        rank: int | float | None = DEFAULT_RANK,
         update_proj_gap: int = 200,
         scale: float = 0.25,
         projection: str | Projection = "svd",

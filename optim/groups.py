@@ -37,16 +37,22 @@ class ParamGroups(list[dict[str, Any]]):
         self.decisions = list(decisions)
 
     def __str__(self) -> str:
-        rows = [
-            (d.name, " x ".join(map(str, d.shape)) or "scalar", "projected" if d.projected else "dense", d.why)
-            for d in self.decisions
-        ]
-        widths = [max(map(len, column)) for column in zip(("parameter", "shape", "", ""), *rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        rows = [(d.name, shape_text(d.shape), "projected" if d.projected else "dense", d.why) for d in self.decisions]
         total = sum(torch.Size(d.shape).numel() for d in self.decisions)
         projected = sum(torch.Size(d.shape).numel() for d in self.decisions if d.projected)
-        share = f"{projected / total:.0%}" if total else "none"
-        return "\n".join([*lines, f"{projected:,} of {total:,} weights ({share}) are in projected matrices"])
+        summary = f"{projected:,} of {total:,} weights ({projected / total:.0%}) are in projected matrices"
+        return f"{table(rows)}\n{summary}"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Text in aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    """64 x 32."""
+    return " x ".join(map(str, shape)) or "scalar"
 
 
 def param_groups(
