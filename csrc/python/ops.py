@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Element-wise kernels: the compiled ops where they were built, the same arithmetic in PyTorch everywhere.
+
+An op ``name`` comes with ``name_reference``, which is its definition: it gives the same bits on every device, runs
+where nothing was compiled, and is what each kernel is tested against. Where nothing was compiled no op is registered
+either: ``torch.compile`` then traces the reference and fuses it, which an opaque op would prevent.
+
+``python -m slimstate.ops`` prints what is compiled and compares it with the reference.
+"""
+
+import warnings
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["COMPILED", "DEVICES", "counter_key", "stochastic_round_", "stochastic_round_reference_"]
+
+try:
+    import slimstate._C as _C
+except ModuleNotFoundError:
+    DEVICES: frozenset[str] = frozenset()
+except ImportError as error:
+    warnings.warn(f"slimstate._C was built but does not load, PyTorch is used instead: {error}", stacklevel=2)
+    DEVICES = frozenset()
+else:
+    DEVICES = frozenset(_C.DEVICES.split())
+COMPILED: bool = bool(DEVICES)
+
+_Bits = TypeVar("_Bits", int, Tensor)
+_WORD = 0xFFFFFFFF
+_CHUNK = 1 << 17  # elements; an int64 temporary of the reference is 1 MiB
+
+
+def counter_key(seed: int, *words: int) -> int:
+    r"""Mixes a seed and any number of words (stream, step, tag) into one key for the counter-based ops.
+
+    Each word :math:`w` advances the state by :math:`s \leftarrow \mathrm{mix}(s + \gamma) \oplus w`, with the mixer and
+    the odd constant :math:`\gamma` of SplitMix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number
+    Generators", 2014); a last mix follows. Order and number of the words count.
+
+    Args:
+        seed: any integer; its low 64 bits are used.
+        *words: likewise.
+
+    Returns:
+        An integer in [-2**63, 2**63), which fits an int64 tensor and an op's ``int``.
+
+    Example:
+        >>> counter_key(0, 3, 100) == counter_key(0, 3, 100)
+        True
+        >>> counter_key(0, 3, 100) == counter_key(0, 100, 3)
+        False
+    """
+    state = seed
+    for word in words:
+        state = _splitmix64(state) ^ word
+    state = _splitmix64(state)
+    return state - ((state >> 63) << 64)
+
+
+def _splitmix64(state: int) -> int:
+    mask = (1 << 64) - 1
+    z = (state + 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return z ^ (z >> 31)
+
+
+def stochastic_round_(out: Tensor, x: Tensor, key: int, offset: int = 0) -> None:
+    r"""Rounds ``x`` into ``out``, up or down at random and without bias.
+
+    With :math:`a \le x_i \le b` the neighbours of :math:`x_i` in the format of ``out``,
+
+    .. math::
+        \mathrm{out}_i = b \text{ with probability } \frac{x_i - a}{b - a}, \text{ else } a,
+        \qquad \mathbb{E}[\mathrm{out}_i] = x_i .
+
+    The random bits of an element depend on ``key`` and on its global index ``offset + i`` alone, where ``i`` counts in
+    row-major order whatever the strides. A tensor rounded in pieces, each with its offset, therefore equals the tensor
+    rounded whole, on any device. :math:`-x` rounds to minus what :math:`x` rounds to. Representable values, infinities
+    and NaN stay what they are. Values beyond the largest finite one have no upper neighbour and are rounded to nearest,
+    as ``x.to(out.dtype)`` does. The probability is exact, but for float16 results below 2**-14, where it is to 2**-32.
+
+    Not differentiable: autograd sees that ``out`` was changed, not how.
+
+    Args:
+        out: bfloat16 or float16, overwritten.
+        x: float32, of the same shape and device.
+        key: any int64, such as :func:`counter_key` returns. One key per tensor and step.
+        offset: index of the first element within the whole tensor, at least 0.
+
+    Raises:
+        TypeError: a dtype is not one of the above.
+        ValueError: the shapes or devices differ, or ``offset`` is negative.
+    """
+    if out.dtype not in (torch.bfloat16, torch.float16):
+        raise TypeError(f"out must be bfloat16 or float16, got {out.dtype}")
+    if x.dtype != torch.float32:
+        raise TypeError(f"x must be float32, got {x.dtype}")
+    if out.shape != x.shape:
+        raise ValueError(f"out and x must have one shape, got {tuple(out.shape)} and {tuple(x.shape)}")
+    if out.device != x.device:
+        raise ValueError(f"out and x must be on one device, got {out.device} and {x.device}")
+    if offset < 0:
+        raise ValueError(f"offset must be >= 0, got {offset}")
+
+    target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+    source = x.contiguous()
+    if out.device.type in DEVICES:
+        torch.ops.slimstate.stochastic_round_(target, source, key, offset)
+        torch.autograd.graph.increment_version(target)  # so that a backward that saved it raises
+    else:
+        stochastic_round_reference_(target, source, key, offset)
+    if target is not out:
+        out.copy_(target)
+
+
+def stochastic_round_reference_(out: Tensor, x: Tensor, key: int, offset: int = 0) -> None:
+    """What the op ``stochastic_round_`` computes, in PyTorch; see :func:`stochastic_round_`.
+
+    ``out`` and ``x`` must be contiguous.
+    """
+    low = key & _WORD
+    high = ((key >> 32) & _WORD) ^ _mix32(low)
+    low = low ^ _mix32(high)
+    round_bits = _bfloat16_bits if out.dtype == torch.bfloat16 else _float16_bits
+
+    codes, bits = out.view(-1).view(torch.int16), x.view(-1).view(torch.int32)
+    # A compiler keeps no temporaries, and would unroll the loop.
+    chunk = max(codes.numel(), 1) if torch.compiler.is_compiling() else _CHUNK
+    for start in range(0, codes.numel(), chunk):
+        part = bits[start : start + chunk].to(torch.int64) & _WORD
+        index = torch.arange(part.numel(), device=x.device) + (offset + start)
+        random = _mix32(_mix32((index & _WORD) ^ low) ^ high ^ (index >> 32))
+        magnitude = part & 0x7FFFFFFF
+        rounded = round_bits(magnitude, random) | ((part >> 16) & 0x8000)
+        codes[start : start + chunk].copy_(rounded)  # int64 to int16 keeps the low bits
+
+
+def _mix32(x: _Bits) -> _Bits:
+    # csrc/rounding.h. The second factor is 0x846ca68b less 2**32: the product then fits in int64.
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
+    x = ((x ^ (x >> 15)) * -0x7B935975) & _WORD
+    return x ^ (x >> 16)
+
+
+def _bfloat16_bits(magnitude: Tensor, random: Tensor) -> Tensor:
+    rounded = (magnitude + (random >> 16)) >> 16
+    rounded = torch.where(magnitude > 0x7F7F0000, 0x7F7F + (magnitude >= 0x7F7F8000).long(), rounded)
+    return torch.where(magnitude > 0x7F800000, (magnitude >> 16) | 0x40, rounded)
+
+
+def _float16_bits(magnitude: Tensor, random: Tensor) -> Tensor:
+    exponent = magnitude >> 23
+    scale = exponent.clamp(min=113)
+    shift = (13 + scale - exponent).clamp(max=63)
+    fixed = (((magnitude & 0x7FFFFF) | 0x800000) << 32) >> shift
+    rounded = ((scale - 113) << 10) + ((fixed + random) >> 32)
+    rounded = torch.where(magnitude > 0x477FE000, 0x7BFF + (magnitude >= 0x477FF000).long(), rounded)
+    return torch.where(magnitude > 0x7F800000, 0x7E00 | ((magnitude >> 13) & 0x3FF), rounded)
+
+
+if COMPILED:
+
+    @torch.library.register_fake("slimstate::stochastic_round_")
+    def _(out: Tensor, x: Tensor, key: int, offset: int) -> None:
+        torch._check(out.numel() == x.numel())
+
+
+def _main() -> int:
+    """Prints what is compiled; 1 if it disagrees with the reference anywhere, else 0."""
+    print(f"torch {torch.__version__}; compiled for: {', '.join(sorted(DEVICES)) or 'no device, PyTorch is used'}")
+    failed = False
+    for device in sorted(DEVICES):
+        if device == "cuda" and not torch.cuda.is_available():
+            print("  cuda: no GPU here, not compared")
+            continue
+        # Every exponent, both signs, infinities and NaN: the bits of a float32 at even distances.
+        x = torch.arange(-(2**31), 2**31, 16411, device=device).to(torch.int32).view(torch.float32)
+        for dtype in (torch.bfloat16, torch.float16):
+            out, expected = torch.empty_like(x, dtype=dtype), torch.empty_like(x, dtype=dtype)
+            stochastic_round_(out, x, counter_key(0, 1), offset=2**32 - 1000)
+            stochastic_round_reference_(expected, x, counter_key(0, 1), offset=2**32 - 1000)
+            same = torch.equal(out.view(torch.int16), expected.view(torch.int16))
+            failed |= not same
+            print(f"  stochastic_round_ {device} {dtype}: {'equals the reference' if same else 'DIFFERS'}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(_main())

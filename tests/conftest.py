@@ -1,0 +1,28 @@
+import os
+
+import hypothesis
+import pytest
+import torch
+
+from slimstate import ops
+
+hypothesis.settings.register_profile("default", max_examples=20, derandomize=True, deadline=None)
+hypothesis.settings.register_profile("all", max_examples=100, derandomize=True, deadline=None)
+hypothesis.settings.load_profile("all" if os.environ.get("SLIMSTATE_TEST_ALL") == "1" else "default")
+
+
+def pytest_report_header() -> str:
+    compiled = ", ".join(sorted(ops.DEVICES)) or "no device (the PyTorch versions are tested)"
+    return f"torch {torch.__version__}; slimstate compiled for {compiled}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
