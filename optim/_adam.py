@@ -13,7 +13,7 @@ from slimstate.projections._blocks import blocks
 
 from ._base import Group, Optimizer, Spec, State
 
-__all__ = ["EXP_AVG", "EXP_AVG_SQ", "WEIGHT", "adam_direction", "adamw_step_", "check_adam", "moment_dtype", "moments_spec", "store_", "weight_rounding"]
+__all__ = ["adam_direction", "adamw_step_", "check_adam", "is_number", "moments_spec", "store_", "weight_rounding"]
 
 # Purposes of random bits: what is rounded. `_projected` goes on from here.
 WEIGHT, EXP_AVG, EXP_AVG_SQ = range(3)
@@ -91,19 +91,20 @@ def adamw_step_(optimizer: Optimizer, params: list[Tensor], group: Group) -> Non
     whole: list[tuple[Tensor, ...]] = []
     for p in params:
         state = optimizer.state[p]
+        assert p.grad is not None
         parts = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
         if all(x.is_contiguous() and x.dtype == p.dtype for x in parts) and p.dtype not in LOW_PRECISION:
             whole.append((*parts, state["step"]))
         else:
-            _step_in_blocks_(optimizer, p, state, group)
+            _step_in_blocks_(optimizer, p, p.grad, state, group)
     if whole:
         _fused_(*map(list, zip(*whole, strict=True)), group=group)
 
 
-def _step_in_blocks_(optimizer: Optimizer, p: Tensor, state: State, group: Group) -> None:
+def _step_in_blocks_(optimizer: Optimizer, p: Tensor, grad: Tensor, state: State, group: Group) -> None:
     dtype = compute_dtype(p.dtype)
     keys = [weight_rounding(optimizer, p, group), *(optimizer._draw(p, group, x) for x in (EXP_AVG, EXP_AVG_SQ))]
-    targets = [x if x.ndim else x.view(1) for x in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])]
+    targets = [x if x.ndim else x.view(1) for x in (p, grad, state["exp_avg"], state["exp_avg_sq"])]
     for s in blocks(targets[0], 0, dtype.itemsize):
         stored = [x[s] for x in targets]
         w, g, m, v = (x.to(dtype).contiguous() for x in stored)
@@ -125,13 +126,15 @@ def _fused_(
     weight_decay: float | None = None,
 ) -> None:
     """torch's AdamW kernel over lists; `steps` already count this step and are not changed."""
+    before = [step.item() - 1 for step in steps]  # the kernel counts by itself
+    device = params[0].device
     adamw(
         params,
         grads,
         exp_avgs,
         exp_avg_sqs,
         [],
-        [torch.full((), step.item() - 1, dtype=torch.float32, device=p.device) for step, p in zip(steps, params, strict=True)],
+        [torch.full((), count, dtype=torch.float32, device=device) for count in before],
         fused=params[0].device.type in FUSED_DEVICES,
         foreach=False,
         amsgrad=False,
@@ -180,7 +183,8 @@ def weight_rounding(optimizer: Optimizer, p: Tensor, group: Group) -> int | None
 def store_(target: Tensor, value: Tensor, key: int | None, offset: int = 0) -> None:
     """target <- value; rounded stochastically where precision is lost, to nearest without a key.
 
-    A second moment in bfloat16 needs it: with beta2 = 0.999 a step changes it by less than half a unit in the last place.
+    A second moment in bfloat16 needs it: with beta2 = 0.999 a step changes it by less than half a unit in the last
+    place.
     """
     if target.data_ptr() == value.data_ptr() and target.dtype == value.dtype:
         return

@@ -4,7 +4,7 @@ dtypes, and checkpoints that are loaded whole or refused whole."""
 import zlib
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -92,6 +92,12 @@ class Optimizer(torch.optim.Optimizer):
         self._check(group)
         super().add_param_group(group)
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Performs one step.
@@ -129,7 +135,7 @@ class Optimizer(torch.optim.Optimizer):
             stream = zlib.crc32(name.encode()) if "param_names" in group else position
             state: State = {"step": torch.zeros((), dtype=torch.float32), "stream": stream}
             for key, (shape, dtype) in self._spec(p, group).items():
-                state[key] = torch.zeros(shape, dtype=dtype, device="cpu" if dtype == torch.int32 else p.device)
+                state[key] = torch.zeros(shape, dtype=dtype, device=_home(key, dtype, p))
             self.state[p].update(state)
 
     def _named(self) -> Iterator[tuple[str, Tensor, Group]]:
@@ -146,7 +152,7 @@ class Optimizer(torch.optim.Optimizer):
         return counter_key(group["seed"], state["stream"], int(state["step"]), purpose)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but tensors keep their dtypes and are copied, and a checkpoint that does not fit is refused whole.
+        """As torch's, but tensors keep their dtypes and are copied, and what does not fit is refused whole.
 
         torch casts every tensor except `step` to its parameter's dtype, which ruins the float32 moments of bfloat16
         weights; and it looks at no shape.
@@ -191,7 +197,7 @@ class Optimizer(torch.optim.Optimizer):
                         f"{shape}, found {found}"
                     )
             matched[p] = {
-                entry: value.detach().to("cpu" if entry == "step" or value.dtype == torch.int32 else p.device, copy=True)
+                entry: value.detach().to(_home(entry, value.dtype, p), copy=True)
                 for entry, value in state.items()
                 if isinstance(value, Tensor)
             }
@@ -204,8 +210,12 @@ class Optimizer(torch.optim.Optimizer):
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
         for position, (_, p, _) in enumerate(self._named()):
-            if p in self.state and self.state[p]:
-                entry = self.state[p]
+            if entry := self.state.get(p):
                 entry.setdefault("stream", position)
                 if not isinstance(entry["step"], Tensor):
                     entry["step"] = torch.tensor(float(entry["step"]))
+
+
+def _home(key: str, dtype: torch.dtype, p: Tensor) -> torch.device:
+    """Counters are read by Python and stay on the CPU; everything else is where its parameter is."""
+    return torch.device("cpu") if key == "step" or dtype == torch.int32 else p.device

@@ -1,5 +1,5 @@
-"""What the optimizers share whose moments live in a subspace: which matrices are projected, when their bases change, and
-what then becomes of the moments."""
+"""What the optimizers share whose moments live in a subspace: which matrices are projected, when their bases change,
+and what then becomes of the moments."""
 
 import math
 import warnings
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from slimstate.projections import SVD, MatrixView, PowerIteration, Projection, RandomOrthogonal
+from slimstate.projections import SVD, DenseProjection, MatrixView, PowerIteration, Projection, RandomOrthogonal
 from slimstate.projections._base import check_rank, compute_dtype
 from slimstate.projections._matrix import SIDES
 
@@ -32,7 +32,7 @@ PROJ_TYPES = {"std": "auto", "reverse_std": "reverse", "left": "left", "right": 
 class ProjectedOptimizer(Optimizer):
     """Projects the matrices of groups that have a rank, gives AdamW to everything else, and refreshes the bases."""
 
-    projections: ClassVar[dict[str, type[Projection]]] = {
+    projections: ClassVar[dict[str, type[DenseProjection]]] = {
         "svd": SVD,
         "power": PowerIteration,
         "random": RandomOrthogonal,
@@ -41,10 +41,10 @@ class ProjectedOptimizer(Optimizer):
     def __init__(self, params: ParamsT, defaults: Group) -> None:
         defaults = defaults | self._unfolded(defaults)
         if not isinstance(params, Tensor):
-            params = list(params)
+            params = list(params)  # type: ignore[assignment]
             given = [group["rank"] for group in params if isinstance(group, dict) and "rank" in group]
             if given and defaults["rank"] not in (DEFAULT_RANK, *given):
-                raise ValueError(f"rank={defaults['rank']!r} applies to no group: those that are projected set their own")
+                raise ValueError(f"rank={defaults['rank']!r} applies to no group: the projected ones set their own")
             if given:
                 defaults["rank"] = None  # as in galore-torch: then groups without one are dense
         super().__init__(params, defaults)
@@ -54,7 +54,7 @@ class ProjectedOptimizer(Optimizer):
                 f"(flat partitions have lost theirs); got shapes {[tuple(p.shape) for _, p, _ in self._named()][:4]}"
             )
 
-    def _update(self, p: Tensor, m: Tensor, group: Group, projection: Projection, view: MatrixView) -> None:
+    def _update(self, p: Tensor, m: Tensor, group: Group, projection: DenseProjection, view: MatrixView) -> None:
         """Updates one projected parameter from its gradient M, after its basis was refreshed if it was due."""
         raise NotImplementedError
 
@@ -65,7 +65,7 @@ class ProjectedOptimizer(Optimizer):
         projection = defaults["projection"]
         if not isinstance(projection, Projection):
             return {}
-        names = {kind: name for name, kind in self.projections.items()}
+        names: dict[type, str] = {kind: name for name, kind in self.projections.items()}
         if type(projection) not in names:
             raise ValueError(f"projection must be one of {', '.join(self.projections)}, got {projection!r}")
         values = {f.name: getattr(projection, f.name) for f in fields(projection)}
@@ -79,7 +79,7 @@ class ProjectedOptimizer(Optimizer):
         if isinstance(param_group, dict):
             param_group = dict(param_group)
             if "dim" in param_group:
-                raise NotImplementedError("dim: tensors are seen as matrices, dim 0 against the rest; leave the key out")
+                raise NotImplementedError("dim: leave it out; a tensor is seen as a matrix, dim 0 against the rest")
             if "proj_type" in param_group:
                 proj_type = param_group.pop("proj_type")
                 if proj_type == "full":
@@ -134,7 +134,7 @@ class ProjectedOptimizer(Optimizer):
     def _is_projected(self, p: Tensor, group: Group) -> bool:
         return group["rank"] is not None and p.ndim >= group["batch_dims"] + 2 and p.numel() > 0
 
-    def _projection(self, group: Group) -> Projection:
+    def _projection(self, group: Group) -> DenseProjection:
         kind = self.projections[group["projection"]]
         return kind(**{f.name: group[f.name] for f in fields(kind)})
 
@@ -204,7 +204,7 @@ class ProjectedOptimizer(Optimizer):
             self._update(p, m, group, projection, view)
 
     def _refresh(
-        self, p: Tensor, m: Tensor, group: Group, projection: Projection, view: MatrixView, scheduled: bool
+        self, p: Tensor, m: Tensor, group: Group, projection: DenseProjection, view: MatrixView, scheduled: bool
     ) -> None:
         """Fits a new basis to M where it is due, and carries the moments over.
 
@@ -229,7 +229,8 @@ class ProjectedOptimizer(Optimizer):
             if old is not None and group["transport"] == "rotate":
                 keys = [self._draw(p, group, purpose) for purpose in (ROTATED_EXP_AVG, ROTATED_EXP_AVG_SQ)]
                 overlap = projection.overlap(basis, old)
-                rotate_(exp_avg, exp_avg_sq, overlap, group["betas"], state["step"].item() - 1, keys, j * exp_avg.numel())
+                age = state["step"].item() - 1
+                rotate_(exp_avg, exp_avg_sq, overlap, group["betas"], age, keys, j * exp_avg.numel())
         if group["transport"] == "reset":
             for key in ("exp_avg", "exp_avg_sq", "age"):
                 state[key].zero_()

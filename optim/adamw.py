@@ -19,8 +19,8 @@ class AdamW(Optimizer):
         M_t = \beta_1 M_{t-1} + (1-\beta_1) G_t, \qquad V_t = \beta_2 V_{t-1} + (1-\beta_2) G_t^2, \\
         W_t = (1-\eta\lambda) W_{t-1} - \eta\,\frac{M_t / (1-\beta_1^t)}{\sqrt{V_t / (1-\beta_2^t)} + \epsilon}.
 
-    Weights of low precision are updated in float32 and rounded stochastically: rounding to nearest swallows every update
-    below half a unit in the last place (a bfloat16 weight of 1 never moves by steps of 1e-3).
+    Weights of low precision are updated in float32 and rounded stochastically: rounding to nearest swallows every
+    update below half a unit in the last place (a bfloat16 weight of 1 never moves by steps of 1e-3).
 
     State of a parameter of n elements: 2 n elements in `moment_dtype`, and `step`.
 
@@ -31,8 +31,8 @@ class AdamW(Optimizer):
         eps: :math:`\epsilon`, added to the root.
         weight_decay: decoupled weight decay :math:`\lambda`.
         maximize: ascend instead.
-        moment_dtype: `float32`, `bfloat16` (rounded stochastically) or `param` (the parameter's); None means float32, and
-            float64 for float64 parameters.
+        moment_dtype: `float32`, `bfloat16` (rounded stochastically) or `param` (the parameter's); None means float32,
+            and float64 for float64 parameters.
         stochastic_rounding: of weights in bfloat16 and float16; None means on.
         seed: of the rounding.
         torch_keywords: `foreach`, `fused`, `capturable`, `differentiable` and `amsgrad`, where they change nothing.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from slimstate.projections import MatrixView, Projection
+from slimstate.projections import DenseProjection, MatrixView, Projection
 
 from ._adam import adam_direction, weight_rounding
 from ._base import Group, refuse
@@ -18,8 +18,8 @@ __all__ = ["GaLoreAdamW"]
 class GaLoreAdamW(ProjectedOptimizer):
     r"""AdamW whose moments live in a low-rank subspace that follows the gradient.
 
-    Every `update_proj_gap` steps the basis Q (d x r) is fitted to the gradient and the moments are carried over. In each
-    step, with G seen so that its compressed axis d comes first,
+    Every `update_proj_gap` steps the basis Q (d x r) is fitted to the gradient and the moments are carried over. In
+    each step, with G seen so that its compressed axis d comes first,
 
     .. math::
         R_t &= Q^\top G_t \\
@@ -27,8 +27,8 @@ class GaLoreAdamW(ProjectedOptimizer):
         W_t &= (1-\eta\lambda) W_{t-1}
                - \eta\,\alpha\, Q\,\frac{M_t / (1-\beta_1^t)}{\sqrt{V_t / (1-\beta_2^t)} + \epsilon}.
 
-    State of an m x n matrix: 2 max(m,n) r + min(m,n) r elements, where AdamW keeps 2 m n. What is not projected (vectors,
-    groups without a rank) gets AdamW.
+    State of an m x n matrix: 2 max(m,n) r + min(m,n) r elements, where AdamW keeps 2 m n. What is not projected
+    (vectors, groups without a rank) gets AdamW.
 
     Which matrices are projected: those of two or more dimensions in groups with a `rank`. If any group given here sets
     `rank`, groups without one are dense, as in galore-torch; if none does, `rank` below applies to every matrix,
@@ -59,15 +59,15 @@ class GaLoreAdamW(ProjectedOptimizer):
         transport: what becomes of the moments at a refresh: `rotate` (default) carries them into the new basis, `keep`
             leaves the numbers, `reset` forgets them and their age.
         maximize: ascend instead.
-        moment_dtype: `float32`, `bfloat16` (rounded stochastically) or `param` (the parameter's); None means float32, and
-            float64 for float64 parameters.
+        moment_dtype: `float32`, `bfloat16` (rounded stochastically) or `param` (the parameter's); None means float32,
+            and float64 for float64 parameters.
         stochastic_rounding: of weights in bfloat16 and float16; None means on.
         seed: of random bases and of the rounding.
         torch_keywords: `foreach`, `fused`, `capturable`, `differentiable` and `amsgrad`, where they change nothing.
 
     Raises:
-        ValueError: for a value out of range, an unknown group key, a torch keyword that is not supported, or a rank where
-            nothing can be projected.
+        ValueError: for a value out of range, an unknown group key, a torch keyword that is not supported, or a rank
+            where nothing can be projected.
         NotImplementedError: for galore-torch's `proj_type="full"` and `dim`.
 
     Example:
@@ -120,7 +120,7 @@ class GaLoreAdamW(ProjectedOptimizer):
         )
         super().__init__(params, defaults)
 
-    def _update(self, p: Tensor, m: Tensor, group: Group, projection: Projection, view: MatrixView) -> None:
+    def _update(self, p: Tensor, m: Tensor, group: Group, projection: DenseProjection, view: MatrixView) -> None:
         basis = self.state[p]["basis"]
         r = projection.down(m, basis)  # (r, k)
         u = adam_direction(self, p, r, group, self._age(p))

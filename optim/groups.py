@@ -78,8 +78,8 @@ def param_groups(
         settings: further keys of the projected groups, such as `update_proj_gap`, `scale` or `side`.
 
     Returns:
-        Groups for the optimizers here that project: `projected`, `projected stacks`, `dense matrices` and `vectors`, those
-        that are not empty, each with its `name` and with named parameters. `print` shows the table.
+        Groups for the optimizers here that project: `projected`, `projected stacks`, `dense matrices` and `vectors`,
+        those that are not empty, each with its `name` and with named parameters. `print` shows the table.
 
     Raises:
         ValueError: if a pattern matches no trainable parameter, if `include` names one that has no matrix, or if
@@ -140,7 +140,8 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
 
 def _output_heads(model: nn.Module) -> set[int]:
     """The ids of the output layer's parameters: what the model says, else what its last linear layer looks like."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    own = getattr(model, "get_output_embeddings", None)
+    head = own() if callable(own) else None
     if head is None:
         linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         vocabularies = {m.num_embeddings for m in model.modules() if isinstance(m, EMBEDDINGS)}

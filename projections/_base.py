@@ -28,9 +28,9 @@ def check_rank(rank: object) -> int | float:
     Raises:
         ValueError: unless it is an int >= 1 or a float in (0, 1].
     """
-    if isinstance(rank, Integral) and not isinstance(rank, bool) and rank >= 1:
+    if isinstance(rank, Integral) and not isinstance(rank, bool) and int(rank) >= 1:
         return int(rank)
-    if isinstance(rank, Real) and not isinstance(rank, Integral) and 0 < rank <= 1:
+    if isinstance(rank, Real) and not isinstance(rank, Integral) and 0 < float(rank) <= 1:
         return float(rank)
     raise ValueError(f"rank must be an int >= 1 (a count) or a float in (0, 1] (a share of the axis), got {rank!r}")
 
@@ -43,7 +43,7 @@ class Projection(ABC):
         rank: r as a count (int >= 1), or as a share of d (float in (0, 1], `max(1, floor(share * d))`); clamped to the
             smaller side of M. Default 0.25, the ratio of GaLore's 60M and 7B runs.
         side: the axis that is compressed, see `matrix_view`. Default `auto`, the shorter one, as in galore-torch.
-        seed: of whatever is drawn at random. What is drawn is a pure function of the seed and the counter given to `fit`.
+        seed: of whatever is drawn at random: a pure function of the seed and of the counter that `fit` is given.
 
     Raises:
         ValueError: for a rank or a side out of range.
@@ -144,17 +144,16 @@ class DenseProjection(Projection):
             beta: factor of the weight, 1 - lr * weight_decay.
             rounding: key of the stochastic rounding of a low-precision weight; None rounds to nearest.
         """
-        a, b = (u.mT, basis.mT) if view.transposed else (basis, u)  # in W's own orientation: A (rows, r), B (r, columns)
+        a, b = (u.mT, basis.mT) if view.transposed else (basis, u)  # (rows, r) and (r, columns) of W as it is stored
         if p.dtype == basis.dtype and (w := _matrix_in_place(p, view)) is not None:
             w.addmm_(a, b, beta=beta, alpha=alpha) if w.ndim == 2 else w.baddbmm_(a, b, beta=beta, alpha=alpha)
             return
-        if not view.lead:
-            a, b = a[None], b[None]
-        for index, (w, a, b) in enumerate(zip(view.members(p), a, b, strict=True)):
+        factors = zip(a, b, strict=True) if view.lead else [(a, b)]
+        for index, (w, (left, right)) in enumerate(zip(view.members(p), factors, strict=True)):
             for s in blocks(w, 0, basis.itemsize):
                 target = w[s]
                 wide = target.to(basis.dtype, copy=True).reshape(-1, view.columns)
-                wide.addmm_(a[s], b, beta=beta, alpha=alpha)
+                wide.addmm_(left[s], right, beta=beta, alpha=alpha)
                 if rounding is None or p.dtype == basis.dtype:
                     target.copy_(wide.view(target.shape))
                 else:

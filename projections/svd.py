@@ -24,8 +24,8 @@ class SVD(DenseProjection):
     .. math:: M M^\top = Q \Sigma^2 Q^\top \quad (d \le k), \qquad M^\top M = V \Sigma^2 V^\top,\ Q = \mathrm{qr}(M V).
 
     found by block iteration where that is as accurate as a full eigendecomposition (on most gradients), else by the
-    latter. Singular values below about :math:`10^{-3.5}` of the largest cannot be told apart in float32; they hold less than
-    :math:`10^{-7}` of the energy. Each column's sign is such that its entry of largest magnitude is positive.
+    latter. Singular values below about :math:`10^{-3.5}` of the largest cannot be told apart in float32; they hold less
+    than :math:`10^{-7}` of the energy. Each column's sign is such that its entry of largest magnitude is positive.
     """
 
     def fit(self, m: Tensor, old: Tensor | None, counter: tuple[int, ...]) -> Tensor:
@@ -73,7 +73,7 @@ def fix_signs(q: Tensor) -> Tensor:
 
 
 def _sweep(m: Tensor, q: Tensor) -> Tensor:
-    """qr(M M^T Q). Only M^T Q is brought to unit size, so that a tiny or huge gradient neither vanishes nor overflows."""
+    """qr(M M^T Q). M^T Q is brought to unit size, so that a tiny or huge gradient neither vanishes nor overflows."""
     z = _product(m.mT, q)
     z /= torch.linalg.vector_norm(z, ord=torch.inf).clamp_min(torch.finfo(z.dtype).tiny)
     return torch.linalg.qr(_product(m, z)).Q
@@ -90,7 +90,7 @@ def _product(m: Tensor, x: Tensor) -> Tensor:
 
 
 def _gram(m: Tensor) -> Tensor:
-    """M M^T / max|M|^2 (d x d): the eigenvectors do not depend on the scale, and so squares neither vanish nor overflow."""
+    """M M^T / max|M|^2 (d x d): scaled, which leaves the eigenvectors, so that squares neither vanish nor overflow."""
     dtype = compute_dtype(m.dtype)
     scale = 1 / torch.linalg.vector_norm(m, ord=torch.inf).to(dtype)
     gram = torch.zeros(m.shape[0], m.shape[0], dtype=dtype, device=m.device)
