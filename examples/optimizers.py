@@ -1,0 +1,116 @@
+"""The optimizers that the examples know by name, and what is measured of any of them."""
+
+from argparse import Namespace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from slimstate.optim import AdamW, GaLoreAdamW, param_groups, state_bytes
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an optimizer is made for a model.
+
+    Attributes:
+        build: from the model, the learning rate and the command line.
+        lr_factor: its learning rate where the preset's is AdamW's.
+        options: what it takes from the command line beside the learning rate.
+    """
+
+    build: Callable[[nn.Module, float, Namespace], torch.optim.Optimizer]
+    lr_factor: float
+    options: tuple[str, ...] = ()
+
+
+def adamw(model: nn.Module, lr: float, args: Namespace) -> torch.optim.Optimizer:
+    """Full-rank AdamW."""
+    return AdamW(model.named_parameters(), lr=lr)
+
+
+def galore(model: nn.Module, lr: float, args: Namespace) -> torch.optim.Optimizer:
+    """GaLore on the linear layers, AdamW on embeddings, output head and norms."""
+    return GaLoreAdamW(low_rank_groups(model, args), lr=lr)
+
+
+def galore_torch(model: nn.Module, lr: float, args: Namespace) -> torch.optim.Optimizer:
+    """The authors' own package on the same matrices. It takes ranks as counts, so that each size has a group."""
+    try:
+        from galore_torch import GaLoreAdamW as Original
+        from galore_torch.galore_projector import GaLoreProjector
+    except ImportError as error:
+        raise SystemExit(f"galore-torch cannot be imported ({error}): pip install galore-torch") from error
+    torch.serialization.add_safe_globals([GaLoreProjector])  # its state holds these objects
+    groups = []
+    for group in low_rank_groups(model, args):
+        if "rank" not in group:
+            groups.append({"params": [p for _, p in group["params"]]})
+            continue
+        by_rank: dict[int, list[Tensor]] = {}
+        for _, p in group["params"]:
+            rank = group["rank"] if isinstance(group["rank"], int) else int(group["rank"] * min(p.shape))
+            by_rank.setdefault(max(1, rank), []).append(p)
+        settings = {"update_proj_gap": args.update_proj_gap, "scale": args.scale, "proj_type": "std"}
+        groups += [{"params": params, "rank": rank, **settings} for rank, params in by_rank.items()]
+    return Original(groups, lr=lr, eps=1e-8, weight_decay=0.01, no_deprecation_warning=True)
+
+
+def low_rank_groups(model: nn.Module, args: Namespace) -> list[dict]:
+    """The model's parameters, split into projected matrices and the rest."""
+    return param_groups(model, rank=args.rank, update_proj_gap=args.update_proj_gap, scale=args.scale)
+
+
+class SignSGD(torch.optim.Optimizer):
+    """W <- (1 - lr * weight_decay) W - lr * sign(G): the yardstick that keeps no state at all."""
+
+    def __init__(self, params: Iterable, lr: float, weight_decay: float = 0.01) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Performs one step."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(p.grad.sign(), alpha=group["lr"])
+
+
+LOW_RANK = ("rank", "update_proj_gap", "scale")
+
+RECIPES = {
+    "adamw": Recipe(adamw, lr_factor=1),
+    "galore": Recipe(galore, lr_factor=4, options=LOW_RANK),
+    "galore-torch": Recipe(galore_torch, lr_factor=4, options=LOW_RANK),
+    "signsgd": Recipe(lambda model, lr, args: SignSGD(model.parameters(), lr), lr_factor=0.1),
+}
+
+
+# ---------------------------------------------------------------------------------------------------- measures
+
+
+def projected_matrices(model: nn.Module) -> list[Tensor]:
+    """The matrices that a low-rank optimizer projects; the others hold the same state under any of them."""
+    return [p for group in param_groups(model) if "rank" in group for _, p in group["params"]]
+
+
+def held_bytes(optimizer: torch.optim.Optimizer, params: Iterable[Tensor] | None = None) -> int:
+    """Bytes of optimizer state, of all parameters or of some; galore-torch keeps its bases in objects."""
+    params = list(optimizer.state) if params is None else list(params)
+    projectors = [optimizer.state[p]["projector"] for p in params if "projector" in optimizer.state[p]]
+    bases = {i: {"basis": projector.ortho_matrix} for i, projector in enumerate(projectors)}
+    return state_bytes(optimizer, params) + state_bytes(Namespace(state=bases))
+
+
+def refreshes(optimizer: torch.optim.Optimizer) -> int:
+    """How many bases have been computed so far."""
+    count = 0
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            state = optimizer.state.get(p, {})
+            if "refreshes" in state:
+                count += int(state["refreshes"].sum())
+            elif "projector" in state:  # galore-torch counts from its first step on
+                count += 1 + (int(state["step"]) - 1) // group["update_proj_gap"]
+    return count
