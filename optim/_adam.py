@@ -13,7 +13,7 @@ from slimstate.projections._blocks import blocks
 
 from ._base import Group, Optimizer, Spec, State
 
-__all__ = ["adam_direction", "adamw_step_", "check_adam", "is_number", "moments_spec", "store_", "weight_rounding"]
+__all__ = ["adam_directions", "adamw_step_", "check_adam", "is_number", "moments_spec", "store_", "weight_rounding"]
 
 # Purposes of random bits: what is rounded. `_projected` goes on from here.
 WEIGHT, EXP_AVG, EXP_AVG_SQ = range(3)
@@ -104,7 +104,7 @@ def adamw_step_(optimizer: Optimizer, params: list[Tensor], group: Group) -> Non
 def _step_in_blocks_(optimizer: Optimizer, p: Tensor, grad: Tensor, state: State, group: Group) -> None:
     dtype = compute_dtype(p.dtype)
     keys = [weight_rounding(optimizer, p, group), *(optimizer._draw(p, group, x) for x in (EXP_AVG, EXP_AVG_SQ))]
-    targets = [x if x.ndim else x.view(1) for x in (p, grad, state["exp_avg"], state["exp_avg_sq"])]
+    targets = [x if x.ndim else x[None] for x in (p, grad, state["exp_avg"], state["exp_avg_sq"])]
     for s in blocks(targets[0], 0, dtype.itemsize):
         stored = [x[s] for x in targets]
         w, g, m, v = (x.to(dtype).contiguous() for x in stored)
@@ -126,15 +126,17 @@ def _fused_(
     weight_decay: float | None = None,
 ) -> None:
     """torch's AdamW kernel over lists; `steps` already count this step and are not changed."""
-    before = [step.item() - 1 for step in steps]  # the kernel counts by itself
-    device = params[0].device
+    before = [  # on the parameter's device, and one less, since the kernel counts by itself
+        torch.full((), step.item() - 1, dtype=torch.float32, device=p.device)
+        for p, step in zip(params, steps, strict=True)
+    ]
     adamw(
         params,
         grads,
         exp_avgs,
         exp_avg_sqs,
         [],
-        [torch.full((), count, dtype=torch.float32, device=device) for count in before],
+        before,
         fused=params[0].device.type in FUSED_DEVICES,
         foreach=False,
         amsgrad=False,
@@ -147,8 +149,10 @@ def _fused_(
     )
 
 
-def adam_direction(optimizer: Optimizer, p: Tensor, r: Tensor, group: Group, age: Tensor) -> Tensor:
-    r"""Takes the projected gradient R into the moments of `p`, and returns the descent direction in the subspace:
+def adam_directions(
+    optimizer: Optimizer, params: list[Tensor], rs: list[Tensor], group: Group, ages: list[Tensor]
+) -> list[Tensor]:
+    r"""Takes projected gradients R into the moments of their parameters, and returns the directions in the subspaces:
 
     .. math::
         M \leftarrow \beta_1 M + (1-\beta_1) R, \quad V \leftarrow \beta_2 V + (1-\beta_2) R^2, \quad
@@ -156,21 +160,23 @@ def adam_direction(optimizer: Optimizer, p: Tensor, r: Tensor, group: Group, age
 
     Args:
         optimizer: whose state holds the moments.
-        p: the parameter.
-        r: R (r x k), in the dtype of arithmetic.
+        params: the parameters.
+        rs: R (r x k) of each, in the dtype of arithmetic.
         group: the hyperparameters; `maximize` turns U around.
-        age: t, the number of gradients in the moments, this one included.
+        ages: t of each, the number of gradients in its moments, this one included.
 
     Returns:
-        U, of R's shape.
+        U of each, of R's shape.
     """
-    state = optimizer.state[p]
-    m, v = (state[key].to(r.dtype) for key in ("exp_avg", "exp_avg_sq"))
-    u = torch.zeros_like(r)  # a weight of zero that takes one step of size 1 becomes the direction
-    _fused_([u], [r], [m], [v], [age], group=group, lr=1.0, weight_decay=0.0)
-    store_(state["exp_avg"], m, optimizer._draw(p, group, EXP_AVG))
-    store_(state["exp_avg_sq"], v, optimizer._draw(p, group, EXP_AVG_SQ))
-    return u
+    kept = [[optimizer.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq")]
+    m, v = wide = [[x.to(r.dtype) for x, r in zip(moments, rs, strict=True)] for moments in kept]
+    us = [torch.zeros_like(r) for r in rs]  # a weight of zero that takes one step of size 1 becomes the direction
+    _fused_(us, rs, m, v, ages, group=group, lr=1.0, weight_decay=0.0)
+    for moments, values, purpose in zip(kept, wide, (EXP_AVG, EXP_AVG_SQ), strict=True):
+        for p, moment, value in zip(params, moments, values, strict=True):
+            if moment is not value:
+                store_(moment, value, optimizer._draw(p, group, purpose))
+    return us
 
 
 def weight_rounding(optimizer: Optimizer, p: Tensor, group: Group) -> int | None:
@@ -186,7 +192,7 @@ def store_(target: Tensor, value: Tensor, key: int | None, offset: int = 0) -> N
     A second moment in bfloat16 needs it: with beta2 = 0.999 a step changes it by less than half a unit in the last
     place.
     """
-    if target.data_ptr() == value.data_ptr() and target.dtype == value.dtype:
+    if target.data_ptr() == value.data_ptr():
         return
     if key is not None and target.dtype in LOW_PRECISION and value.dtype == torch.float32:
         stochastic_round_(target, value, key, offset)

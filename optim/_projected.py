@@ -3,9 +3,10 @@ and what then becomes of the moments."""
 
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import fields
 from numbers import Integral
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,13 +14,14 @@ from torch.optim.optimizer import ParamsT
 
 from slimstate.projections import SVD, DenseProjection, MatrixView, PowerIteration, Projection, RandomOrthogonal
 from slimstate.projections._base import check_rank, compute_dtype
+from slimstate.projections._blocks import BLOCK_BYTES
 from slimstate.projections._matrix import SIDES
 
 from ._adam import adamw_step_, check_adam, is_number, moments_spec, store_
-from ._base import Group, Optimizer, Spec
+from ._base import Group, Optimizer, Spec, State
 from .groups import shape_text, table
 
-__all__ = ["DEFAULT_RANK", "ProjectedOptimizer", "due", "rotate_"]
+__all__ = ["DEFAULT_RANK", "Matrix", "ProjectedOptimizer", "due", "rotate_"]
 
 DEFAULT_RANK = 0.25  # of the smaller side: about what GaLore takes, 128 of 512 to 1024 of 4096
 TRANSPORTS = ("rotate", "keep", "reset")
@@ -27,6 +29,27 @@ ROTATED_EXP_AVG, ROTATED_EXP_AVG_SQ = 3, 4  # purposes of random bits, after `_a
 
 # galore-torch's names for the side
 PROJ_TYPES = {"std": "auto", "reverse_std": "reverse", "left": "left", "right": "right"}
+
+
+class Matrix(NamedTuple):
+    """A projected parameter in a step.
+
+    Args:
+        p: the parameter.
+        m: its gradient M (d x k), or a stack of them.
+        view: how the two are related.
+        state: the optimizer's state of p.
+    """
+
+    p: Tensor
+    m: Tensor
+    view: MatrixView
+    state: State
+
+    @property
+    def age(self) -> Tensor:
+        """How many gradients the moments have seen: what bias correction goes by."""
+        return self.state["age" if "age" in self.state else "step"]
 
 
 class ProjectedOptimizer(Optimizer):
@@ -54,8 +77,8 @@ class ProjectedOptimizer(Optimizer):
                 f"(flat partitions have lost theirs); got shapes {[tuple(p.shape) for _, p, _ in self._named()][:4]}"
             )
 
-    def _update(self, p: Tensor, m: Tensor, group: Group, projection: DenseProjection, view: MatrixView) -> None:
-        """Updates one projected parameter from its gradient M, after its basis was refreshed if it was due."""
+    def _update(self, matrices: list[Matrix], group: Group, projection: DenseProjection) -> None:
+        """Updates projected parameters from their gradients, after the bases that were due have been refreshed."""
         raise NotImplementedError
 
     # Groups.
@@ -179,11 +202,6 @@ class ProjectedOptimizer(Optimizer):
             spec["age"] = ((), torch.int32)
         return spec
 
-    def _age(self, p: Tensor) -> Tensor:
-        """How many gradients the moments have seen: what bias correction goes by."""
-        state = self.state[p]
-        return state.get("age", state["step"])
-
     # Steps.
 
     def _step_group(self, group: Group, params: list[Tensor]) -> None:
@@ -191,49 +209,73 @@ class ProjectedOptimizer(Optimizer):
         if group["rank"] is None:
             return
         projection = self._projection(group)
-        matrices = [p for p in group["params"] if self._is_projected(p, group)]
-        for place, p in enumerate(matrices):
+        matrices = []
+        eligible = [p for p in group["params"] if self._is_projected(p, group)]
+        for place, p in enumerate(eligible):
             if p.grad is None:
                 continue
             view = projection.view(tuple(p.shape), group["batch_dims"])
-            m = view.open(p.grad)
-            scheduled = due(int(self.state[p]["step"]), place, len(matrices), group["update_proj_gap"])
-            self._refresh(p, m, group, projection, view, scheduled)
+            matrices.append(Matrix(p, view.open(p.grad), view, self.state[p]))
+            scheduled = due(int(self.state[p]["step"]), place, len(eligible), group["update_proj_gap"])
+            self._refresh(matrices[-1], group, projection, scheduled)
             if "age" in self.state[p]:
                 self.state[p]["age"] += 1
-            self._update(p, m, group, projection, view)
+        for some in _in_blocks(matrices):
+            self._update(some, group, projection)
 
-    def _refresh(
-        self, p: Tensor, m: Tensor, group: Group, projection: DenseProjection, view: MatrixView, scheduled: bool
-    ) -> None:
-        """Fits a new basis to M where it is due, and carries the moments over.
+    def _refresh(self, matrix: Matrix, group: Group, projection: DenseProjection, scheduled: bool) -> None:
+        """Fits a new basis where it is due, and carries the moments over.
 
         A matrix that has no basis yet is due at every step. One whose gradient is zero or not finite keeps what it has.
         """
-        state = self.state[p]
+        p, m, view, state = matrix
         refreshes = state["refreshes"].view(-1)
-        if not scheduled and bool(refreshes.all()):
+        if not scheduled and all(refreshes.tolist()):
             return
+        changed = False
         stacked = [state[projection.key], m, state["exp_avg"], state["exp_avg_sq"]]
         members = zip(*(stacked if view.lead else [x[None] for x in stacked]), strict=True)
-        for j, (basis, matrix, exp_avg, exp_avg_sq) in enumerate(members):
-            fitted = int(refreshes[j])
-            if fitted and not scheduled:
+        for j, (basis, gradient, exp_avg, exp_avg_sq) in enumerate(members):
+            count = int(refreshes[j])
+            if count and not scheduled:
                 continue
-            size = torch.linalg.vector_norm(matrix, ord=torch.inf).item()
+            size = torch.linalg.vector_norm(gradient, ord=torch.inf).item()
             if not torch.finfo(torch.float32).tiny <= size < math.inf:
                 continue
-            old = basis.clone() if fitted else None
-            basis.copy_(projection.fit(matrix, old, (state["stream"], fitted, j)))
+            old = basis.clone() if count else None
+            basis.copy_(projection.fit(gradient, old, (state["stream"], count, j)))
             refreshes[j] += 1
+            changed = True
             if old is not None and group["transport"] == "rotate":
                 keys = [self._draw(p, group, purpose) for purpose in (ROTATED_EXP_AVG, ROTATED_EXP_AVG_SQ)]
-                overlap = projection.overlap(basis, old)
                 age = state["step"].item() - 1
-                rotate_(exp_avg, exp_avg_sq, overlap, group["betas"], age, keys, j * exp_avg.numel())
-        if group["transport"] == "reset":
+                rotate_(
+                    exp_avg,
+                    exp_avg_sq,
+                    projection.overlap(basis, old),
+                    betas=group["betas"],
+                    age=age,
+                    keys=keys,
+                    offset=j * exp_avg.numel(),
+                )
+        if changed and group["transport"] == "reset":
             for key in ("exp_avg", "exp_avg_sq", "age"):
                 state[key].zero_()
+
+
+def _in_blocks(matrices: list[Matrix]) -> Iterator[list[Matrix]]:
+    """Lists of matrices whose projected gradients together fit a block, or of one: few calls, and little memory."""
+    some: list[Matrix] = []
+    size = 0
+    for matrix in matrices:
+        own = matrix.state["exp_avg"].numel() * compute_dtype(matrix.p.dtype).itemsize
+        if some and size + own > BLOCK_BYTES:
+            yield some
+            some, size = [], 0
+        some.append(matrix)
+        size += own
+    if some:
+        yield some
 
 
 def due(step: int, place: int, count: int, gap: int) -> bool:

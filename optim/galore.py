@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from slimstate.projections import DenseProjection, MatrixView, Projection
+from slimstate.projections import DenseProjection, Projection
 
-from ._adam import adam_direction, weight_rounding
+from ._adam import adam_directions, weight_rounding
 from ._base import Group, refuse
-from ._projected import DEFAULT_RANK, ProjectedOptimizer
+from ._projected import DEFAULT_RANK, Matrix, ProjectedOptimizer
 
 __all__ = ["GaLoreAdamW"]
 
@@ -120,17 +120,17 @@ class GaLoreAdamW(ProjectedOptimizer):
         )
         super().__init__(params, defaults)
 
-    def _update(self, p: Tensor, m: Tensor, group: Group, projection: DenseProjection, view: MatrixView) -> None:
-        basis = self.state[p]["basis"]
-        r = projection.down(m, basis)  # (r, k)
-        u = adam_direction(self, p, r, group, self._age(p))
+    def _update(self, matrices: list[Matrix], group: Group, projection: DenseProjection) -> None:
         lr = float(group["lr"])
-        projection.write_back_(
-            p,
-            view,
-            basis,
-            u,
-            alpha=lr * group["scale"],
-            beta=1 - lr * group["weight_decay"],
-            rounding=weight_rounding(self, p, group),
-        )
+        rs = [projection.down(x.m, x.state["basis"]) for x in matrices]
+        us = adam_directions(self, [x.p for x in matrices], rs, group, [x.age for x in matrices])
+        for x, u in zip(matrices, us, strict=True):
+            projection.write_back_(
+                x.p,
+                x.view,
+                x.state["basis"],
+                u,
+                alpha=lr * group["scale"],
+                beta=1 - lr * group["weight_decay"],
+                rounding=weight_rounding(self, x.p, group),
+            )

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
@@ -66,6 +67,7 @@ class MatrixView(NamedTuple):
         return (m.mT if self.transposed else m).reshape(self.shape)
 
 
+@lru_cache(maxsize=1024)
 def matrix_view(shape: tuple[int, ...], side: Side = "auto", batch_dims: int = 0) -> MatrixView:
     """Chooses the orientation of a parameter.
 
@@ -78,7 +80,6 @@ def matrix_view(shape: tuple[int, ...], side: Side = "auto", batch_dims: int = 0
     Raises:
         ValueError: for an unknown side or a shape with too few axes.
     """
-    shape = tuple(shape)
     if len(shape) < batch_dims + 2:
         raise ValueError(f"a matrix view needs at least {batch_dims + 2} axes (batch_dims={batch_dims}), got {shape}")
     upright = MatrixView(shape, batch_dims, transposed=False)
