@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from slimstate.projections import SVD, DenseProjection, MatrixView, PowerIteration, Projection, RandomOrthogonal
 from slimstate.projections._base import check_rank, compute_dtype
-from slimstate.projections._blocks import BLOCK_BYTES
+from slimstate.projections._blocks import largest_magnitude
 from slimstate.projections._matrix import SIDES
 
 from ._adam import adamw_step_, check_adam, is_number, moments_spec, store_
@@ -25,6 +25,7 @@ __all__ = ["DEFAULT_RANK", "Matrix", "ProjectedOptimizer", "due", "rotate_"]
 
 DEFAULT_RANK = 0.25  # of the smaller side: about what GaLore takes, 128 of 512 to 1024 of 4096
 TRANSPORTS = ("rotate", "keep", "reset")
+TOGETHER_BYTES = 1 << 20  # of projected gradients; larger ones are given back to the system and faulted in again
 ROTATED_EXP_AVG, ROTATED_EXP_AVG_SQ = 3, 4  # purposes of random bits, after `_adam`'s
 
 # galore-torch's names for the side
@@ -239,13 +240,13 @@ class ProjectedOptimizer(Optimizer):
             count = int(refreshes[j])
             if count and not scheduled:
                 continue
-            size = torch.linalg.vector_norm(gradient, ord=torch.inf).item()
+            size = largest_magnitude(gradient).item()
             if not torch.finfo(torch.float32).tiny <= size < math.inf:
                 continue
             old = basis.clone() if count else None
             basis.copy_(projection.fit(gradient, old, (state["stream"], count, j)))
             refreshes[j] += 1
-            changed = True
+            changed |= old is not None
             if old is not None and group["transport"] == "rotate":
                 keys = [self._draw(p, group, purpose) for purpose in (ROTATED_EXP_AVG, ROTATED_EXP_AVG_SQ)]
                 age = state["step"].item() - 1
@@ -264,12 +265,12 @@ class ProjectedOptimizer(Optimizer):
 
 
 def _in_blocks(matrices: list[Matrix]) -> Iterator[list[Matrix]]:
-    """Lists of matrices whose projected gradients together fit a block, or of one: few calls, and little memory."""
+    """Lists of matrices whose projected gradients are small together, or of one: few calls, and little memory."""
     some: list[Matrix] = []
     size = 0
     for matrix in matrices:
         own = matrix.state["exp_avg"].numel() * compute_dtype(matrix.p.dtype).itemsize
-        if some and size + own > BLOCK_BYTES:
+        if some and size + own > TOGETHER_BYTES:
             yield some
             some, size = [], 0
         some.append(matrix)
@@ -305,8 +306,9 @@ def rotate_(
     """
     bias1, bias2 = (1 - beta**age for beta in betas)
     mean = exp_avg.to(overlap.dtype)
-    variance = exp_avg_sq.to(overlap.dtype) / bias2 - (mean / bias1).square()
+    excess = (mean / bias1).square_().sub_(exp_avg_sq, alpha=1 / bias2)  # the variance, negated
+    carried = overlap.square() @ excess
     mean = overlap @ mean
-    second = (overlap.square() @ variance).add_((mean / bias1).square()).abs_().mul_(bias2)
+    second = torch.div(mean, bias1, out=excess).square_().sub_(carried).abs_().mul_(bias2)
     store_(exp_avg, mean, keys[0], offset)
     store_(exp_avg_sq, second, keys[1], offset)

@@ -8,7 +8,7 @@ from torch import Tensor
 from slimstate.ops import counter_key
 
 from ._base import DenseProjection, compute_dtype
-from ._blocks import blocks
+from ._blocks import blocks, largest_magnitude
 
 __all__ = ["SVD", "PowerIteration"]
 
@@ -75,7 +75,7 @@ def fix_signs(q: Tensor) -> Tensor:
 def _sweep(m: Tensor, q: Tensor) -> Tensor:
     """qr(M M^T Q). M^T Q is brought to unit size, so that a tiny or huge gradient neither vanishes nor overflows."""
     z = _product(m.mT, q)
-    z /= torch.linalg.vector_norm(z, ord=torch.inf).clamp_min(torch.finfo(z.dtype).tiny)
+    z /= largest_magnitude(z).clamp_min(torch.finfo(z.dtype).tiny)
     return torch.linalg.qr(_product(m, z)).Q
 
 
@@ -92,7 +92,7 @@ def _product(m: Tensor, x: Tensor) -> Tensor:
 def _gram(m: Tensor) -> Tensor:
     """M M^T / max|M|^2 (d x d): scaled, which leaves the eigenvectors, so that squares neither vanish nor overflow."""
     dtype = compute_dtype(m.dtype)
-    scale = 1 / torch.linalg.vector_norm(m, ord=torch.inf).to(dtype)
+    scale = 1 / largest_magnitude(m).to(dtype)
     gram = torch.zeros(m.shape[0], m.shape[0], dtype=dtype, device=m.device)
     for s in blocks(m, 1, dtype.itemsize):
         block = m[:, s].to(dtype) * scale
