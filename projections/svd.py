@@ -90,9 +90,12 @@ def _product(m: Tensor, x: Tensor) -> Tensor:
 
 
 def _gram(m: Tensor) -> Tensor:
-    """M M^T / max|M|^2 (d x d): scaled, which leaves the eigenvectors, so that squares neither vanish nor overflow."""
+    """M M^T (d x d), scaled where squares might vanish or overflow, which leaves the eigenvectors as they are."""
     dtype = compute_dtype(m.dtype)
-    scale = 1 / largest_magnitude(m).to(dtype)
+    largest = largest_magnitude(m).item()
+    if m.dtype == dtype and 1e-9 < largest < 1e9:
+        return m @ m.mT
+    scale = 1 / largest
     gram = torch.zeros(m.shape[0], m.shape[0], dtype=dtype, device=m.device)
     for s in blocks(m, 1, dtype.itemsize):
         block = m[:, s].to(dtype) * scale
@@ -102,7 +105,7 @@ def _gram(m: Tensor) -> Tensor:
 
 def _leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
     """Those of the `rank` largest eigenvalues, largest first."""
-    width = rank + max(8, rank // 4)
+    width = rank + max(8, rank // 8)
     if gram.shape[0] >= SMALLEST_ITERATED and 3 * width <= gram.shape[0]:
         vectors = _by_subspace_iteration(gram, rank, width)
         if vectors is not None:
