@@ -64,12 +64,12 @@ def is_number(x: Any) -> bool:
 def moment_dtype(p: Tensor, group: Group) -> torch.dtype:
     """What moments are kept in: by default float32, and float64 for float64 parameters."""
     match group["moment_dtype"]:
-        case "bfloat16":
-            return torch.bfloat16
+        case None:
+            return compute_dtype(p.dtype)
         case "param":
             return p.dtype
-        case _:
-            return compute_dtype(p.dtype)
+        case name:
+            return getattr(torch, name)
 
 
 def moments_spec(p: Tensor, group: Group, shape: tuple[int, ...]) -> Spec:

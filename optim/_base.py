@@ -162,8 +162,14 @@ class Optimizer(torch.optim.Optimizer):
         """
         kept: dict[Tensor, State] = {}
 
-        def keep(_: torch.optim.Optimizer, final: dict[str, Any]) -> None:
+        def keep(_: torch.optim.Optimizer, final: dict[str, Any]) -> dict[str, Any]:
+            groups = final["param_groups"]
+            if len(groups) == len(self.param_groups):  # what an older checkpoint lacks stays as it is
+                own = [{key: group[key] for key in self.defaults} for group in self.param_groups]
+                groups = [mine | saved for mine, saved in zip(own, groups, strict=True)]
+            final = final | {"param_groups": groups}
             kept.update(self._matched(final))
+            return final
 
         def restore(_: torch.optim.Optimizer) -> None:
             for p, state in kept.items():
@@ -189,7 +195,7 @@ class Optimizer(torch.optim.Optimizer):
             state = state_dict["state"].get(key)
             if not state:
                 continue
-            for entry, (shape, _) in self._spec(p, self.defaults | group).items():
+            for entry, (shape, _) in self._spec(p, group).items():
                 found = tuple(state[entry].shape) if isinstance(state.get(entry), Tensor) else "none"
                 if found != shape:
                     raise ValueError(
@@ -204,11 +210,9 @@ class Optimizer(torch.optim.Optimizer):
         return matched
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Fills in what an older checkpoint lacks."""
+        """Fills in what the state of an older checkpoint lacks."""
         super().__setstate__(state)
-        for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
+        self.defaults.pop("differentiable", None)  # torch puts it there, and no group has it
         for position, (_, p, _) in enumerate(self._named()):
             if entry := self.state.get(p):
                 entry.setdefault("stream", position)

@@ -112,16 +112,22 @@ class ProjectedOptimizer(Optimizer):
                     raise ValueError(f"proj_type must be one of {', '.join(PROJ_TYPES)}, got {proj_type!r}")
                 if param_group.setdefault("side", PROJ_TYPES[proj_type]) != PROJ_TYPES[proj_type]:
                     raise ValueError(f"proj_type={proj_type!r} contradicts side={param_group['side']!r}")
-            if param_group.get("rank") is not None and not isinstance(param_group["params"], Tensor | set):
-                param_group["params"] = list(param_group["params"])
-                tensors = [p[1] if isinstance(p, tuple) else p for p in param_group["params"]]
-                if not any(isinstance(p, Tensor) and p.ndim >= 2 and p.numel() for p in tensors):
-                    raise ValueError(
-                        f"rank={param_group['rank']!r} is set for a group without a non-empty parameter of two or more "
-                        "dimensions; leave it out there"
-                    )
+            self._check_explicit_rank(param_group)
         super().add_param_group(param_group)
         self._report_clamped(self.param_groups[-1])
+
+    def _check_explicit_rank(self, param_group: Group) -> None:
+        if param_group.get("rank") is None or isinstance(param_group["params"], Tensor | set):
+            return
+        param_group["params"] = list(param_group["params"])
+        tensors = [p[1] if isinstance(p, tuple) else p for p in param_group["params"]]
+        group = self.defaults | param_group
+        self._check(group)
+        if not any(isinstance(p, Tensor) and self._is_projected(p, group) for p in tensors):
+            raise ValueError(
+                f"rank={group['rank']!r} is set for a group without a non-empty parameter of two or more dimensions "
+                f"(beside batch_dims={group['batch_dims']}); leave it out there"
+            )
 
     def _check(self, group: Group) -> None:
         check_adam(group)

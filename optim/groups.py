@@ -107,14 +107,14 @@ def param_groups(
     for name, p, module in found:
         projected, batch_dims, why = _decide(name, p, module, embedded, heads)
         if any(fnmatchcase(name, pattern) for pattern in exclude):
-            projected, batch_dims, why = False, 0, "excluded by name"
+            projected, why = False, "excluded by name"
         elif any(fnmatchcase(name, pattern) for pattern in include):
             if p.ndim < 2 or not p.numel():
                 raise ValueError(f"include names {name}, whose shape {tuple(p.shape)} holds no matrix to project")
             projected, why = True, "included by name"
-        decisions.append(Decision(name, tuple(p.shape), projected, batch_dims, why))
+        decisions.append(Decision(name, tuple(p.shape), projected, batch_dims if projected else 0, why))
         kind = "projected" if projected else "dense matrices" if p.ndim >= 2 else "vectors"
-        groups.setdefault(kind + " stacks" * (batch_dims > 0), []).append((name, p))
+        groups.setdefault(kind + " stacks" * (projected and batch_dims > 0), []).append((name, p))
 
     if not any(d.projected for d in decisions):
         raise ValueError("param_groups found no matrix to project in this model; name some with include=")
@@ -181,5 +181,5 @@ def _decide(name: str, p: Tensor, module: nn.Module, embedded: set[int], heads: 
 def _if_large(p: Tensor, batch_dims: int, why: str) -> tuple[bool, int, str]:
     rows, columns = p.shape[batch_dims], p.shape[batch_dims + 1 :].numel()
     if min(rows, columns) < SMALLEST_SIDE:
-        return False, 0, f"{why}, smaller side {min(rows, columns)}"
+        return False, batch_dims, f"{why}, smaller side {min(rows, columns)}"
     return True, batch_dims, why

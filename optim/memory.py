@@ -24,6 +24,7 @@ def state_bytes(optimizer: torch.optim.Optimizer, params: Iterable[Tensor] | Non
     storages = {
         value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
         for state in chosen
+        if isinstance(state, dict)
         for value in state.values()
         if isinstance(value, Tensor)
     }

@@ -21,27 +21,21 @@ class MatrixView(NamedTuple):
     Args:
         shape: the parameter's shape.
         batch_dims: how many leading axes count matrices (0: one matrix, dim 0 against the rest).
+        rows: of one matrix as the parameter stores it.
+        columns: of one matrix as the parameter stores it.
         transposed: whether M is the transpose of the parameter's matrix (the right side).
     """
 
     shape: tuple[int, ...]
     batch_dims: int
+    rows: int
+    columns: int
     transposed: bool
 
     @property
     def lead(self) -> tuple[int, ...]:
         """`()` for one matrix, `(b,)` for a stack."""
         return (math.prod(self.shape[: self.batch_dims]),) if self.batch_dims else ()
-
-    @property
-    def rows(self) -> int:
-        """Rows of one matrix as the parameter stores it."""
-        return self.shape[self.batch_dims]
-
-    @property
-    def columns(self) -> int:
-        """Columns of one matrix as the parameter stores it."""
-        return math.prod(self.shape[self.batch_dims + 1 :])
 
     @property
     def d(self) -> int:
@@ -82,8 +76,8 @@ def matrix_view(shape: tuple[int, ...], side: Side = "auto", batch_dims: int = 0
     """
     if len(shape) < batch_dims + 2:
         raise ValueError(f"a matrix view needs at least {batch_dims + 2} axes (batch_dims={batch_dims}), got {shape}")
-    upright = MatrixView(shape, batch_dims, transposed=False)
-    tall = upright.rows >= upright.columns
+    rows, columns = shape[batch_dims], math.prod(shape[batch_dims + 1 :])
+    tall = rows >= columns
     match side:
         case "auto":
             transposed = tall
@@ -95,4 +89,4 @@ def matrix_view(shape: tuple[int, ...], side: Side = "auto", batch_dims: int = 0
             transposed = True
         case _:
             raise ValueError(f"side must be one of {', '.join(SIDES)}, got {side!r}")
-    return upright._replace(transposed=transposed)
+    return MatrixView(tuple(shape), batch_dims, rows, columns, transposed)

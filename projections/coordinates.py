@@ -48,8 +48,7 @@ class Coordinates(Projection):
     def view(self, shape: tuple[int, ...], batch_dims: int = 0) -> MatrixView:
         """Rows compress the left side, columns the right; entries see the matrix as one column of numel rows."""
         if self.axis == "entries":
-            flat = (*shape[:batch_dims], math.prod(shape[batch_dims:]), 1)
-            return matrix_view(flat, "left", batch_dims)
+            return MatrixView(tuple(shape), batch_dims, math.prod(shape[batch_dims:]), 1, transposed=False)
         return matrix_view(shape, "left" if self.axis == "rows" else "right", batch_dims)
 
     def rank_of(self, d: int, k: int) -> int:

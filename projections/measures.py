@@ -1,7 +1,8 @@
 """How good a subspace is, and how far it has moved."""
 
-import torch
 from torch import Tensor
+
+from ._blocks import largest_magnitude
 
 __all__ = ["captured_energy", "subspace_overlap"]
 
@@ -16,8 +17,8 @@ def captured_energy(m: Tensor, basis: Tensor) -> Tensor:
     Returns:
         A 0-d tensor; NaN for M = 0.
     """
-    norm = torch.linalg.vector_norm
-    return (norm(basis.mT @ m.to(basis.dtype)) / norm(m.to(basis.dtype))).square()
+    m = m.to(basis.dtype) / largest_magnitude(m).to(basis.dtype)  # squares of tiny or huge entries would be lost
+    return (basis.mT @ m).square().sum() / m.square().sum()
 
 
 def subspace_overlap(a: Tensor, b: Tensor) -> Tensor:
