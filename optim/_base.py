@@ -74,8 +74,8 @@ class Optimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def add_param_group(self, param_group: Group) -> None:
-        """As torch's, but an unknown key, a value out of range or a parameter that is not real floating point raises
-        before anything is changed, and the caller's dict is left as it is."""
+        """As torch's, but an unknown key, a value out of range or a parameter that is not real floating point, or is
+        sharded, raises before anything is changed, and the caller's dict is left as it is."""
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         unknown = sorted(param_group.keys() - self.defaults.keys() - BOOKKEEPING)
@@ -89,6 +89,8 @@ class Optimizer(torch.optim.Optimizer):
                 p = p[1] if isinstance(p, tuple) else p
                 if isinstance(p, Tensor) and not p.is_floating_point():
                     raise ValueError(f"{type(self).__name__} takes real floating-point parameters, got {p.dtype}")
+                if hasattr(p, "placements"):
+                    raise NotImplementedError(f"{type(self).__name__} does not take sharded parameters (DTensor) yet")
         self._check(group)
         super().add_param_group(group)
 

@@ -703,3 +703,16 @@ def test_a_step_with_zero_gradients_and_lr_zero_only_creates_the_state(name, dty
         assert shapes[0] == shapes[1]
         assert not optimizer.state[p]["exp_avg"].any()
         assert not optimizer.state[p].get("basis", torch.zeros(1)).any()
+
+
+@few
+def test_sharded_parameters_are_refused(name):
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        sharded = torch.nn.Parameter(dist.tensor.distribute_tensor(torch.ones(8, 6), mesh))
+        with pytest.raises(NotImplementedError, match="sharded"):
+            build(name, [sharded])
+    finally:
+        dist.destroy_process_group()
