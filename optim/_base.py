@@ -219,7 +219,7 @@ class Optimizer(torch.optim.Optimizer):
             if entry := self.state.get(p):
                 entry.setdefault("stream", position)
                 if not isinstance(entry["step"], Tensor):
-                    entry["step"] = torch.tensor(float(entry["step"]))
+                    entry["step"] = torch.tensor(float(entry["step"]), dtype=torch.float32)
 
 
 def _home(key: str, dtype: torch.dtype, p: Tensor) -> torch.device:

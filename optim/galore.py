@@ -57,7 +57,7 @@ class GaLoreAdamW(ProjectedOptimizer):
             `reverse` the longer side. galore-torch's `proj_type` is understood in groups.
         batch_dims: how many leading axes of a parameter count matrices (1 for stacked experts).
         transport: what becomes of the moments at a refresh: `rotate` (default) carries them into the new basis, `keep`
-            leaves the numbers, `reset` forgets them and their age.
+            leaves the numbers, `reset` forgets them and their age (in a stack of matrices those of all).
         maximize: ascend instead.
         moment_dtype: `float32`, `bfloat16` (rounded stochastically) or `param` (the parameter's); None means float32,
             and float64 for float64 parameters.

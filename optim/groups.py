@@ -67,8 +67,8 @@ def param_groups(
 
     Projected are the weights of `nn.Linear`, of transformers' `Conv1D`, of attention and recurrent layers, of
     convolutions (output channels against the rest), and experts stacked in one parameter, as a batch of matrices. Dense
-    stay embeddings, output heads (tied ones are embeddings too), norms, biases, depthwise and grouped convolutions, and
-    matrices whose smaller side is below 16. A parameter that is used twice is listed once.
+    stay embeddings, output heads (tied ones are embeddings too), norms, biases, routers, depthwise and grouped
+    convolutions, and matrices whose smaller side is below 16. A parameter that is used twice is listed once.
 
     Args:
         model: any module.
@@ -165,6 +165,8 @@ def _decide(name: str, p: Tensor, module: nn.Module, embedded: set[int], heads: 
         return False, 0, "output head"
     if "norm" in kind.lower():
         return False, 0, kind
+    if "router" in f"{kind} {name}".lower():
+        return False, 0, f"router ({kind})"
     if isinstance(module, CONVOLUTIONS):
         if module.groups > 1:
             return False, 0, f"{kind} with {module.groups} groups"

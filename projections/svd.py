@@ -26,6 +26,8 @@ class SVD(DenseProjection):
     found by block iteration where that is as accurate as a full eigendecomposition (on most gradients), else by the
     latter. Singular values below about :math:`10^{-3.5}` of the largest cannot be told apart in float32; they hold less
     than :math:`10^{-7}` of the energy. Each column's sign is such that its entry of largest magnitude is positive.
+
+    A fit holds the Gram matrix (the smaller side squared) for a while; `PowerIteration` holds nothing of that size.
     """
 
     def fit(self, m: Tensor, old: Tensor | None, counter: tuple[int, ...]) -> Tensor:

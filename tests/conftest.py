@@ -6,6 +6,8 @@ import torch
 
 from slimstate import ops
 
+torch.set_num_threads(1)  # most matrices here are small: waking a second thread costs more than it saves
+
 hypothesis.settings.register_profile("default", max_examples=20, derandomize=True, deadline=None)
 hypothesis.settings.register_profile("all", max_examples=100, derandomize=True, deadline=None)
 hypothesis.settings.load_profile("all" if os.environ.get("SLIMSTATE_TEST_ALL") == "1" else "default")

@@ -74,7 +74,7 @@ transformer.h.0.mlp.c_proj.weight   128 x 32  projected  Conv1D
         "model.embed_tokens.weight  64 x 32  dense  embedding"
         + LLAMA_LAYER
         + """
-model.layers.0.mlp.gate.weight           4 x 32       dense      MixtralTopKRouter, smaller side 4
+model.layers.0.mlp.gate.weight           4 x 32       dense      router (MixtralTopKRouter)
 model.layers.0.mlp.experts.gate_up_proj  4 x 96 x 32  projected  MixtralExperts, 4 matrices
 model.layers.0.mlp.experts.down_proj     4 x 32 x 48  projected  MixtralExperts, 4 matrices
 lm_head.weight                           64 x 32      dense      output head
