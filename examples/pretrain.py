@@ -58,7 +58,8 @@ class Preset:
     init: float = 0.02  # standard deviation of the first weights
 
 
-# Shapes from 60m on, sequence length, batch and steps there: GaLore, section 5.1. `tiny` fits two cores and minutes.
+# From 60m on shapes, batches and steps are those of GaLore's runs. `tiny` is sized for minutes on two cores; its
+# learning rate is tuned, the others' are places to start.
 PRESETS = {
     "tiny": Preset(128, 352, 4, 3, vocab=1024, seq=128, batch=8, steps=2400, lr=3e-3, init=0.06),
     "9m": Preset(128, 352, 4, 4, vocab=32000, seq=256, batch=128, steps=5_000, lr=3e-3),
