@@ -82,7 +82,7 @@ def param_groups(
         those that are not empty, each with its `name` and with named parameters. `print` shows the table.
 
     Raises:
-        ValueError: if a pattern matches no trainable parameter, if `include` names one that has no matrix, or if
+        ValueError: if a pattern matches no trainable parameter or stands alone as a string, if `include` names one that has no matrix, or if
             nothing is left to project.
 
     Example:
@@ -95,6 +95,9 @@ def param_groups(
         3.bias    32        dense      vector
         4,096 of 7,392 weights (55%) are in projected matrices
     """
+    for option, patterns in (("include", include), ("exclude", exclude)):
+        if isinstance(patterns, str):
+            raise ValueError(f"{option} must be a list of patterns, got the string {patterns!r}")
     found = list(_parameters(model))
     for pattern in (*include, *exclude):
         if not any(fnmatchcase(name, pattern) for name, *_ in found):

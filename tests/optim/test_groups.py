@@ -277,6 +277,7 @@ def test_included_stacks_of_matrices_stay_stacks():
         ({"exclude": ["weights"]}, "the pattern 'weights' matches no trainable parameter"),
         ({"include": ["*.bias"]}, r"include names 1.bias, whose shape \(40,\) holds no matrix"),
         ({"exclude": ["*"]}, "found no matrix to project"),
+        ({"include": "*attn*"}, "include must be a list of patterns"),
     ],
 )
 def test_patterns_that_cannot_be_meant_are_refused(settings, message):
