@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from slimstate.optim import AdamW, GaLoreAdamW, param_groups, state_bytes
+from slimstate.optim import AdamP, AdamW, GaLoreAdamW, param_groups, state_bytes
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,11 @@ class Recipe:
 def adamw(model: nn.Module, lr: float, args: Namespace) -> torch.optim.Optimizer:
     """Full-rank AdamW."""
     return AdamW(model.named_parameters(), lr=lr)
+
+
+def adamp(model: nn.Module, lr: float, args: Namespace) -> torch.optim.Optimizer:
+    """AdamP on everything, with AdamW's decay."""
+    return AdamP(model.named_parameters(), lr=lr, weight_decay=0.01)
 
 
 def galore(model: nn.Module, lr: float, args: Namespace) -> torch.optim.Optimizer:
@@ -82,6 +87,7 @@ LOW_RANK = ("rank", "update_proj_gap", "scale")
 # The factors come from sweeps of the preset `tiny` (docs/benchmarks/pretrain.md).
 RECIPES = {
     "adamw": Recipe(adamw, lr_factor=1),
+    "adamp": Recipe(adamp, lr_factor=1),
     "galore": Recipe(galore, lr_factor=4, options=LOW_RANK),
     "galore-torch": Recipe(galore_torch, lr_factor=4, options=LOW_RANK),
     "signsgd": Recipe(lambda model, lr, args: SignSGD(model.parameters(), lr), lr_factor=0.5),

@@ -6,9 +6,10 @@ if __name__ != "slimstate.optim":
         "and import slimstate.optim"
     )
 
+from .adamp import SGDP, AdamP
 from .adamw import AdamW
 from .galore import GaLoreAdamW
 from .groups import ParamGroups, param_groups
 from .memory import state_bytes
 
-__all__ = ["AdamW", "GaLoreAdamW", "ParamGroups", "param_groups", "state_bytes"]
+__all__ = ["SGDP", "AdamP", "AdamW", "GaLoreAdamW", "ParamGroups", "param_groups", "state_bytes"]

@@ -13,7 +13,17 @@ from slimstate.projections._blocks import blocks
 
 from ._base import Group, Optimizer, Spec, State
 
-__all__ = ["adam_directions", "adamw_step_", "check_adam", "is_number", "moments_spec", "store_", "weight_rounding"]
+__all__ = [
+    "adam_directions",
+    "adamw_step_",
+    "check_adam",
+    "check_shared",
+    "is_number",
+    "moment_dtype",
+    "moments_spec",
+    "store_",
+    "weight_rounding",
+]
 
 # Purposes of random bits: what is rounded. `_projected` goes on from here.
 WEIGHT, EXP_AVG, EXP_AVG_SQ = range(3)
@@ -29,6 +39,19 @@ def check_adam(group: Group) -> None:
     Raises:
         ValueError: names the argument, its value and what is allowed.
     """
+    check_shared(group)
+    betas = group["betas"]
+    if not (isinstance(betas, tuple | list) and len(betas) == 2 and all(is_number(b) and 0 <= b < 1 for b in betas)):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
+    group["betas"] = (float(betas[0]), float(betas[1]))
+
+
+def check_shared(group: Group) -> None:
+    """Checks the hyperparameters that every optimizer here has.
+
+    Raises:
+        ValueError: names the argument, its value and what is allowed.
+    """
     lr = group["lr"]
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
@@ -36,11 +59,7 @@ def check_adam(group: Group) -> None:
     elif not is_number(lr) or not lr >= 0:
         raise ValueError(f"lr must be a number >= 0 or a 1-element Tensor, got {lr!r}")
     else:
-        group["lr"] = float(lr)  # a number of numpy's would not load with weights_only=True; so below
-    betas = group["betas"]
-    if not (isinstance(betas, tuple | list) and len(betas) == 2 and all(is_number(b) and 0 <= b < 1 for b in betas)):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
-    group["betas"] = (float(betas[0]), float(betas[1]))
+        group["lr"] = float(lr)  # a number of numpy's would not load with weights_only=True; so for all others
     for key in ("eps", "weight_decay"):
         if not is_number(group[key]) or not group[key] >= 0:
             raise ValueError(f"{key} must be a number >= 0, got {group[key]!r}")

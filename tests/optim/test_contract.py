@@ -14,12 +14,15 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from slimstate.optim import AdamW, GaLoreAdamW, state_bytes
+from slimstate.optim import SGDP, AdamP, AdamW, GaLoreAdamW, state_bytes
 
 # name -> (class, settings for matrices, settings for every parameter)
 CASES = {
     "AdamW": (AdamW, {}, {}),
     "AdamW, bfloat16 moments": (AdamW, {}, {"moment_dtype": "bfloat16"}),
+    "AdamP": (AdamP, {}, {}),
+    "AdamP, nesterov, bfloat16 moments": (AdamP, {}, {"nesterov": True, "moment_dtype": "bfloat16"}),
+    "SGDP": (SGDP, {}, {"momentum": 0.9, "nesterov": True}),
 } | {
     f"GaLoreAdamW, {projection}, {transport}": (
         GaLoreAdamW,
@@ -29,9 +32,17 @@ CASES = {
     for projection in ("svd", "power", "random")
     for transport in ("rotate", "keep", "reset")
 }
-FEW = ["AdamW", "GaLoreAdamW, svd, rotate", "GaLoreAdamW, power, keep", "GaLoreAdamW, random, reset"]
+FEW = ["AdamW", "AdamP", "GaLoreAdamW, svd, rotate", "GaLoreAdamW, power, keep", "GaLoreAdamW, random, reset"]
 every = pytest.mark.parametrize("name", CASES)
 few = pytest.mark.parametrize("name", FEW)
+
+# What shares its defaults and the names of its moments with something else than torch.optim.AdamW.
+TORCHS = {AdamP: torch.optim.Adam, SGDP: torch.optim.SGD}
+MOMENTS = {SGDP: ["momentum_buffer"]}
+
+
+def moments_of(name):
+    return MOMENTS.get(CASES[name][0], ["exp_avg", "exp_avg_sq"])
 
 
 def model(dtype=torch.float32, seed=0):
@@ -212,10 +223,10 @@ def test_refuses_unknown_keywords_and_keys(name):
 def test_has_torchs_defaults(name):
     kind, matrices, common = CASES[name]
     group = kind(model().parameters(), **matrices, **common).param_groups[0]
-    torchs = torch.optim.AdamW(model().parameters()).param_groups[0]
-    assert {k: group[k] for k in ("lr", "betas", "eps", "weight_decay")} == {
-        k: torchs[k] for k in ("lr", "betas", "eps", "weight_decay")
-    }
+    torchs = TORCHS.get(kind, torch.optim.AdamW)(model().parameters()).param_groups[0]
+    shared = (group.keys() & torchs.keys()) - common.keys() - {"params"}
+    assert {"lr", "weight_decay", "maximize"} <= shared
+    assert {key: group[key] for key in shared} == {key: torchs[key] for key in shared}
 
 
 @every
@@ -313,7 +324,7 @@ def test_every_parameter_has_all_its_state_after_its_first_step(name):
     keys = {p: set(optimizer.state[p]) for p in net.parameters()}
     train(net, optimizer, 1, 5)
     for p in net.parameters():
-        assert {"step", "exp_avg", "exp_avg_sq"} <= keys[p] == set(optimizer.state[p])
+        assert {"step", *moments_of(name)} <= keys[p] == set(optimizer.state[p])
         step = optimizer.state[p]["step"]
         assert (step.shape, step.dtype, step.device.type, step.item()) == ((), torch.float32, "cpu", 5)
         assert all(isinstance(x, torch.Tensor | int) for x in optimizer.state[p].values())
@@ -378,7 +389,7 @@ def test_groups_can_be_added_later(name):
     before = weights(net)
     train(net, optimizer, 2, 4)
     assert optimizer.param_groups[1]["lr"] == 0.5
-    assert optimizer.param_groups[1]["betas"] == (0.9, 0.999)
+    assert optimizer.param_groups[1]["weight_decay"] == optimizer.defaults["weight_decay"]
     assert not any(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
     with pytest.raises(TypeError, match="param_group must be a dict"):
         optimizer.add_param_group([torch.nn.Parameter(torch.randn(9, 12))])
@@ -416,7 +427,8 @@ def test_a_load_keeps_dtypes_and_copies_tensors(name):
     resumed.load_state_dict(given)
     dtypes = {key: x.dtype for key, x in resumed.state_dict()["state"][0].items() if isinstance(x, torch.Tensor)}
     moments = torch.bfloat16 if "bfloat16" in name else torch.float32
-    assert (dtypes["exp_avg"], dtypes["exp_avg_sq"], dtypes["step"]) == (moments, moments, torch.float32)
+    assert {dtypes[key] for key in moments_of(name)} == {moments}
+    assert dtypes["step"] == torch.float32
     assert dtypes.get("basis", torch.float32) == torch.float32
     assert {dtypes.get(key, torch.int32) for key in ("refreshes", "age")} == {torch.int32}
     for state in resumed.state.values():
@@ -464,16 +476,16 @@ def test_load_hooks_fire_in_order_and_may_edit(name):
             return None
         calls.append("pre")
         state_dict = copy.deepcopy(state_dict)
-        state_dict["state"][0]["exp_avg"].fill_(0.5)
+        state_dict["state"][0][moments_of(name)[0]].fill_(0.5)
         state_dict["state"][0]["step"].fill_(40)
         state_dict["param_groups"][0]["lr"] = 0.123
         return state_dict
 
     def look(o):
         calls.append("post")
-        moment = o.state[next(other.parameters())]["exp_avg"]
+        moment = o.state[next(other.parameters())][moments_of(name)[0]]
         assert moment.eq(0.5).all()  # the state is complete by now
-        assert moment.dtype == optimizer.state[next(net.parameters())]["exp_avg"].dtype
+        assert moment.dtype == optimizer.state[next(net.parameters())][moments_of(name)[0]].dtype
 
     resumed.register_load_state_dict_pre_hook(edit)
     resumed.register_load_state_dict_post_hook(look)
@@ -701,7 +713,7 @@ def test_a_step_with_zero_gradients_and_lr_zero_only_creates_the_state(name, dty
             for o, w in ((optimizer, p), (trained, q))
         ]
         assert shapes[0] == shapes[1]
-        assert not optimizer.state[p]["exp_avg"].any()
+        assert not optimizer.state[p][moments_of(name)[0]].any()
         assert not optimizer.state[p].get("basis", torch.zeros(1)).any()
 
 

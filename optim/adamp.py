@@ -1,0 +1,377 @@
+"""AdamP and SGDP. Heo et al., 2021. https://arxiv.org/abs/2006.08217"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from slimstate.projections._base import compute_dtype
+from slimstate.projections._blocks import blocks
+
+from ._adam import (
+    EXP_AVG,
+    EXP_AVG_SQ,
+    adamw_step_,
+    check_adam,
+    check_shared,
+    is_number,
+    moment_dtype,
+    moments_spec,
+    store_,
+    weight_rounding,
+)
+from ._base import Group, Optimizer, Spec, refuse
+
+__all__ = ["SGDP", "AdamP"]
+
+
+class TangentOptimizer(Optimizer):
+    r"""A step U that loses its radial part wherever the gradient says that the weight's length does not matter.
+
+    With w, g and u the rows of W, G and U in the channel view (dim 0 against the rest), and else in the layer view (all
+    of the tensor is one row),
+
+    .. math::
+        \max_i |\cos(g_i, w_i)| < \delta / \sqrt{d} \;\Rightarrow\;
+        u_i \leftarrow u_i - \frac{w_i \langle w_i, u_i \rangle}{(\|w_i\| + \epsilon)^2}, \quad q = q_\text{wd};
+        \quad \text{otherwise } q = 1; \qquad W \leftarrow (1 - \eta\lambda q) W - \eta U.
+
+    What is removed is a multiple of the row itself, so that it and the decay are one factor for each row. A first pass
+    over blocks of rows finds the dot products for these factors, a second one steps: no temporary of the weight's size.
+    """
+
+    def _direction(self, g: Tensor, moments: list[Tensor], t: float, group: Group) -> Tensor:
+        """Takes a block G of the gradient into the moments, its t-th, and returns U; may be one of the moments."""
+        raise NotImplementedError
+
+    def _decay(self, group: Group) -> float:
+        """The decoupled decay rate where no view fires."""
+        return group["weight_decay"]
+
+    def _step_group(self, group: Group, params: list[Tensor]) -> None:
+        for p in params:
+            if p.numel():
+                self._update(p, group)
+
+    def _update(self, p: Tensor, group: Group) -> None:
+        assert p.grad is not None
+        state, dtype = self.state[p], compute_dtype(p.dtype)
+        t, lr = state["step"].item(), float(group["lr"])
+        w, g, *moments = map(torch.atleast_1d, (p, p.grad, *(state[key] for key in self._spec(p, group))))
+
+        def directions(*, copy: bool) -> Iterator[tuple[slice, Tensor, Tensor, list[Tensor], Tensor]]:
+            for s in blocks(w, 0, 4 * dtype.itemsize):  # several temporaries of a block live at once
+                g_s = -g[s].to(dtype) if group["maximize"] else g[s].to(dtype)
+                wide = [moment[s].to(dtype, copy=copy) for moment in moments]
+                yield s, w[s].to(dtype), g_s, wide, self._direction(g_s, wide, t, group)
+
+        factor: float | Tensor = 1 - lr * self._decay(group)
+        columns = p.numel() // len(w)
+        if is_tested(p, group):
+            dots = [
+                torch.stack([row_sums(x) for x in (w_s * g_s, g_s * g_s, w_s * w_s, w_s * u)])
+                for _, w_s, g_s, _, u in directions(copy=True)
+            ]
+            q, radial = radial_part(torch.cat(dots, 1), columns, group)
+            factor = 1 - lr * self._decay(group) * q + lr * radial
+
+        keys = [weight_rounding(self, p, group), *(self._draw(p, group, purpose) for purpose in (EXP_AVG, EXP_AVG_SQ))]
+        for s, w_s, _, wide, u in directions(copy=False):
+            w_s.mul_(factor[s] if isinstance(factor, Tensor) else factor).add_(u, alpha=-lr)
+            for target, value, key in zip((w, *moments), (w_s, *wide), keys, strict=False):
+                store_(target[s], value, key, s.start * columns)
+
+
+def is_tested(p: Tensor, group: Group) -> bool:
+    """Vectors never are; with delta = 0 no cosine is below the threshold."""
+    return p.ndim > 1 and group["delta"] > 0
+
+
+def row_sums(x: Tensor) -> Tensor:
+    """(rows, ...) -> (rows, 1, ...), whatever the strides."""
+    return x.sum(tuple(range(1, x.ndim)), keepdim=True)
+
+
+def radial_part(dots: Tensor, columns: int, group: Group) -> tuple[Tensor, Tensor]:
+    r"""The test, and what follows from it, without a look at any value from Python.
+
+    A row whose gradient or weight is no longer than epsilon shows nothing: it does not keep a view from firing, and a
+    view of such rows only does not fire.
+
+    Args:
+        dots: :math:`\langle w_i, g_i \rangle, \|g_i\|^2, \|w_i\|^2, \langle w_i, u_i \rangle` of each row
+            (4, rows, 1, ...).
+        columns: length of a row.
+        group: the hyperparameters.
+
+    Returns:
+        The factor q of the decay (0-d), and the multiple of each row that is its step's radial part (rows, 1, ...);
+        (1, 0) where neither view fired.
+    """
+    eps, tiny = group["eps"], torch.finfo(dots.dtype).tiny
+    fired = torch.zeros((), dtype=torch.bool, device=dots.device)
+    radial = torch.zeros_like(dots[0])
+    for view in ("channel", "layer") if group["layer_view"] else ("channel",):
+        if view == "layer":
+            columns *= dots.shape[1]
+            dots = dots.sum(1, keepdim=True)
+        wg, g_norm, w_norm, wu = dots[0], dots[1].sqrt(), dots[2].sqrt(), dots[3]
+        cosine = wg.abs() / g_norm.clamp(min=max(eps, tiny)) / w_norm.clamp(min=max(eps, tiny))
+        seen = (g_norm > eps) & (w_norm > eps)
+        fires = ~fired & (cosine < group["delta"] / math.sqrt(columns)).all() & seen.any()
+        radial = torch.where(fires, wu / (w_norm + eps).square().clamp(min=tiny), radial)
+        fired = fired | fires
+    return 1 - (1 - group["wd_ratio"]) * fired.to(dots.dtype), radial
+
+
+def check_tangent(group: Group) -> None:
+    """Checks the hyperparameters of the test.
+
+    Raises:
+        ValueError: names the argument, its value and what is allowed.
+    """
+    for key in ("delta", "wd_ratio"):
+        if not is_number(group[key]) or not group[key] >= 0:
+            raise ValueError(f"{key} must be a number >= 0, got {group[key]!r}")
+        group[key] = float(group[key])
+    for key in ("nesterov", "layer_view"):
+        if group[key] not in (True, False):
+            raise ValueError(f"{key} must be True or False, got {group[key]!r}")
+
+
+class AdamP(TangentOptimizer):
+    r"""Adam that does not lengthen weights whose length does not matter.
+
+    A weight in front of a normalisation is scale-invariant: its gradient is orthogonal to it, so that every step of
+    momentum makes it longer and the next one smaller in effect. AdamP recognises such weights W (m x n) by the cosine
+    of gradient and weight, and takes the radial part out of the step:
+
+    .. math::
+        M_t &= \beta_1 M_{t-1} + (1-\beta_1) G_t, \qquad V_t = \beta_2 V_{t-1} + (1-\beta_2) G_t^2, \\
+        U_t &= \frac{M_t / (1-\beta_1^t)}{\sqrt{V_t / (1-\beta_2^t)} + \epsilon}
+            \qquad (\text{nesterov: } \beta_1 M_t + (1-\beta_1) G_t \text{ for } M_t), \\
+        (U_t, q) &\leftarrow \begin{cases}
+            (U_t - \hat w \langle \hat w, U_t \rangle,\ q_\text{wd}) & \text{if } \max_i |\cos(g_i, w_i)| <
+                \delta / \sqrt{d} \\
+            (U_t, 1) & \text{otherwise,} \end{cases} \\
+        W_t &= (1 - \eta\lambda q) W_{t-1} - \eta\, U_t,
+
+    with :math:`w_i, g_i` the rows of W and G, :math:`\hat w = w_i / (\|w_i\| + \epsilon)` row by row, d the length of a
+    row: first in the channel view (dim 0 against the rest), and if that does not fire in the layer view (the tensor as
+    one row). Vectors and scalars get AdamW, and so does everything with `delta=0`.
+
+    State of an m x n matrix: 2 m n elements in `moment_dtype`, and `step`, as AdamW.
+
+    Where this differs from adamp 0.3: rows no longer than epsilon, of the gradient or the weight, show nothing (there a
+    zero gradient or weight counts as orthogonal and cuts the decay); any memory layout works; nothing waits for the
+    device; weights of low precision are rounded stochastically.
+
+    Args:
+        params: parameters, named parameters, or groups.
+        lr: learning rate :math:`\eta`; a 1-element Tensor is read at every step.
+        betas: decay rates of the moments. Default (0.9, 0.999), as in torch.optim.Adam and adamp.
+        eps: :math:`\epsilon`. Default 1e-8, as in torch.optim.Adam and adamp.
+        weight_decay: decoupled weight decay :math:`\lambda`. Default 0, as in adamp; its examples take 0.01.
+        delta: :math:`\delta`, the threshold of the test. Default 0.1, the paper's.
+        wd_ratio: :math:`q_\text{wd}`, the share of the decay that remains where a view fired. Default 0.1, the paper's.
+        nesterov: look ahead with the gradient.
+        layer_view: whether the layer view is tried. As published it is; on a weight that is not scale-invariant it
+            fires by chance in 8 % of the steps at :math:`\delta = 0.1`, whatever the shape.
+        maximize: ascend instead.
+        moment_dtype: `float32`, `bfloat16` (rounded stochastically) or `param` (the parameter's); None means float32,
+            and float64 for float64 parameters.
+        stochastic_rounding: of weights in bfloat16 and float16; None means on.
+        seed: of the rounding.
+        torch_keywords: `foreach`, `fused`, `capturable`, `differentiable` and `amsgrad`, where they change nothing.
+
+    Raises:
+        ValueError: for a value out of range, an unknown group key, or a torch keyword that is not supported.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
+        >>> optimizer = AdamP([weight], lr=0.1)
+        >>> weight.grad = torch.tensor([[4.0, -3.0]])  # orthogonal to the weight
+        >>> optimizer.step()  # Adam's first step is (0.1, -0.1); its part along (0.6, 0.8) is taken out
+        >>> weight.data
+        tensor([[2.8880, 4.0840]])
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        delta: float = 0.1,
+        wd_ratio: float = 0.1,
+        nesterov: bool = False,
+        layer_view: bool = True,
+        maximize: bool = False,
+        moment_dtype: str | torch.dtype | None = None,
+        stochastic_rounding: bool | None = None,
+        seed: int = 0,
+        **torch_keywords: Any,
+    ) -> None:
+        refuse("AdamP", torch_keywords)
+        defaults = dict(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            delta=delta,
+            wd_ratio=wd_ratio,
+            nesterov=nesterov,
+            layer_view=layer_view,
+            maximize=maximize,
+            moment_dtype=moment_dtype,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
+        )
+        super().__init__(params, defaults)
+
+    def _check(self, group: Group) -> None:
+        check_adam(group)
+        check_tangent(group)
+
+    def _spec(self, p: Tensor, group: Group) -> Spec:
+        return moments_spec(p, group, tuple(p.shape))
+
+    def _step_group(self, group: Group, params: list[Tensor]) -> None:
+        if not group["nesterov"]:
+            adamw_step_(self, [p for p in params if not is_tested(p, group)], group)
+            params = [p for p in params if is_tested(p, group)]
+        super()._step_group(group, params)
+
+    def _direction(self, g: Tensor, moments: list[Tensor], t: float, group: Group) -> Tensor:
+        m, v = moments
+        beta1, beta2 = group["betas"]
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        if group["nesterov"]:
+            m = m.lerp(g, 1 - beta1)
+        root = (v / (1 - beta2**t)).sqrt_().add_(group["eps"])
+        return (m / (1 - beta1**t)).div_(root)
+
+
+class SGDP(TangentOptimizer):
+    r"""SGD with momentum that does not lengthen weights whose length does not matter: `AdamP` without the root.
+
+    .. math::
+        M_t = \mu M_{t-1} + (1-\tau) G_t, \qquad U_t = M_t \quad (\text{nesterov: } G_t + \mu M_t), \qquad
+        W_t = \left(1 - \frac{\eta\lambda q}{1-\mu}\right) W_{t-1} - \eta\, U_t,
+
+    after the test and the projection of `AdamP`. The decay is decoupled, and :math:`1/(1-\mu)` makes it as strong as
+    what torch.optim.SGD accumulates in its momentum.
+
+    State of an m x n matrix: m n elements in `moment_dtype`, none at `momentum=0`, and `step`.
+
+    Where this differs from adamp 0.3: as `AdamP`, and the momentum is never projected (there it is without nesterov,
+    since the step is its memory). Where it differs from torch.optim.SGD: the momentum starts at zero, so that
+    `dampening` acts on the first gradient too.
+
+    Args:
+        params: parameters, named parameters, or groups.
+        lr: learning rate :math:`\eta`; a 1-element Tensor is read at every step. Default 1e-3, as in torch.optim.SGD;
+            adamp's example takes 0.1.
+        momentum: :math:`\mu` in [0, 1). Default 0, as in torch.optim.SGD and adamp; its example takes 0.9.
+        dampening: :math:`\tau`. Default 0, as in torch.optim.SGD and adamp.
+        weight_decay: :math:`\lambda`. Default 0, as in torch.optim.SGD and adamp; its example takes 1e-5.
+        nesterov: look ahead with the gradient; needs momentum and no dampening, as in torch.optim.SGD.
+        eps: :math:`\epsilon` of the cosine and of the unit vector. Default 1e-8, as in adamp.
+        delta: :math:`\delta`, the threshold of the test. Default 0.1, the paper's.
+        wd_ratio: :math:`q_\text{wd}`, the share of the decay that remains where a view fired. Default 0.1, the paper's.
+        layer_view: whether the layer view is tried, see `AdamP`.
+        maximize: ascend instead.
+        moment_dtype: `float32`, `bfloat16` (rounded stochastically) or `param` (the parameter's); None means float32,
+            and float64 for float64 parameters.
+        stochastic_rounding: of weights in bfloat16 and float16; None means on.
+        seed: of the rounding.
+        torch_keywords: `foreach`, `fused`, `capturable` and `differentiable`, where they change nothing.
+
+    Raises:
+        ValueError: for a value out of range, an unknown group key, or a torch keyword that is not supported.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.ones(2, 3))
+        >>> optimizer = SGDP([weight], lr=0.1, momentum=0.9, nesterov=True)
+        >>> weight.grad = torch.ones_like(weight)  # parallel to the weight: no view fires
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([[0.8100, 0.8100, 0.8100],
+                [0.8100, 0.8100, 0.8100]])
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        eps: float = 1e-8,
+        delta: float = 0.1,
+        wd_ratio: float = 0.1,
+        layer_view: bool = True,
+        maximize: bool = False,
+        moment_dtype: str | torch.dtype | None = None,
+        stochastic_rounding: bool | None = None,
+        seed: int = 0,
+        **torch_keywords: Any,
+    ) -> None:
+        refuse("SGDP", torch_keywords)
+        defaults = dict(
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            eps=eps,
+            delta=delta,
+            wd_ratio=wd_ratio,
+            layer_view=layer_view,
+            maximize=maximize,
+            moment_dtype=moment_dtype,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
+        )
+        super().__init__(params, defaults)
+
+    def _check(self, group: Group) -> None:
+        check_shared(group)
+        check_tangent(group)
+        if not is_number(group["momentum"]) or not 0 <= group["momentum"] < 1:
+            raise ValueError(f"momentum must be a number in [0, 1), got {group['momentum']!r}")
+        if not is_number(group["dampening"]):
+            raise ValueError(f"dampening must be a number, got {group['dampening']!r}")
+        group["momentum"], group["dampening"] = float(group["momentum"]), float(group["dampening"])
+        if group["nesterov"] and not (group["momentum"] > 0 and group["dampening"] == 0):
+            raise ValueError("nesterov=True needs momentum > 0 and dampening = 0")
+
+    def _spec(self, p: Tensor, group: Group) -> Spec:
+        return {"momentum_buffer": (tuple(p.shape), moment_dtype(p, group))} if group["momentum"] else {}
+
+    def _step_group(self, group: Group, params: list[Tensor]) -> None:
+        for p in params:
+            for key, (shape, dtype) in self._spec(p, group).items():
+                if key not in self.state[p]:  # a scheduler has raised the momentum from zero
+                    self.state[p][key] = torch.zeros(shape, dtype=dtype, device=p.device)
+        super()._step_group(group, params)
+
+    def _decay(self, group: Group) -> float:
+        return group["weight_decay"] / (1 - group["momentum"])
+
+    def _direction(self, g: Tensor, moments: list[Tensor], t: float, group: Group) -> Tensor:
+        if not moments:
+            return (1 - group["dampening"]) * g
+        (m,) = moments
+        m.mul_(group["momentum"]).add_(g, alpha=1 - group["dampening"])
+        return g + group["momentum"] * m if group["nesterov"] else m
