@@ -13,14 +13,18 @@ if __name__ != "slimstate.projections":
 from ._base import DenseProjection, Projection
 from ._matrix import MatrixView, matrix_view
 from .coordinates import Coordinates
+from .dct import DCT
+from .hadamard import Hadamard
 from .measures import captured_energy, subspace_overlap
 from .random import RandomOrthogonal
 from .svd import SVD, PowerIteration
 
 __all__ = [
+    "DCT",
     "SVD",
     "Coordinates",
     "DenseProjection",
+    "Hadamard",
     "MatrixView",
     "PowerIteration",
     "Projection",

@@ -1,7 +1,8 @@
-"""The interface that every projection implements, and the half of it that dense bases share."""
+"""The interface that every projection implements, and what the dense bases and the lists of indices each share."""
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import ClassVar
@@ -14,7 +15,19 @@ from slimstate.ops import stochastic_round_
 from ._blocks import blocks
 from ._matrix import SIDES, MatrixView, Side, matrix_view
 
-__all__ = ["DenseProjection", "Projection", "check_rank", "compute_dtype"]
+__all__ = [
+    "DenseProjection",
+    "Factors",
+    "IndexProjection",
+    "Projection",
+    "add_products_",
+    "check_rank",
+    "compute_dtype",
+    "matrix_in_place",
+]
+
+Factors = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+"""Pairs Q_i (d x r_i), U_i (r_i x k), made anew at each call so that they need not all be held at once."""
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -144,25 +157,73 @@ class DenseProjection(Projection):
             beta: factor of the weight, 1 - lr * weight_decay.
             rounding: key of the stochastic rounding of a low-precision weight; None rounds to nearest.
         """
-        a, b = (u.mT, basis.mT) if view.transposed else (basis, u)  # (rows, r) and (r, columns) of W as it is stored
-        if p.dtype == basis.dtype and (w := _matrix_in_place(p, view)) is not None:
-            w.addmm_(a, b, beta=beta, alpha=alpha) if w.ndim == 2 else w.baddbmm_(a, b, beta=beta, alpha=alpha)
+        if view.lead and p.dtype == basis.dtype and (w := matrix_in_place(p, view)) is not None:
+            a, b = (u.mT, basis.mT) if view.transposed else (basis, u)
+            w.baddbmm_(a, b, beta=beta, alpha=alpha)
             return
-        factors = zip(a, b, strict=True) if view.lead else [(a, b)]
-        for index, (w, (left, right)) in enumerate(zip(view.members(p), factors, strict=True)):
-            for s in blocks(w, 0, basis.itemsize):
-                target = w[s]
-                wide = target.to(basis.dtype, copy=True).reshape(-1, view.columns)
-                wide.addmm_(left[s], right, beta=beta, alpha=alpha)
-                if rounding is None or p.dtype == basis.dtype:
-                    target.copy_(wide.view(target.shape))
-                else:
-                    stochastic_round_(
-                        target, wide.view(target.shape), rounding, offset=(index * view.rows + s.start) * view.columns
-                    )
+        pairs = zip(basis, u, strict=True) if view.lead else [(basis, u)]
+        factors = [lambda pair=pair: [pair] for pair in pairs]
+        add_products_(p, view, factors, basis.dtype, alpha=alpha, beta=beta, rounding=rounding)
 
 
-def _matrix_in_place(p: Tensor, view: MatrixView) -> Tensor | None:
+class IndexProjection(Projection):
+    """A projection that keeps which r of d orthonormal vectors, known without the gradient, it has chosen."""
+
+    key: ClassVar[str] = "index"
+
+    def shape_of(self, view: MatrixView) -> tuple[int, ...]:
+        """(r,)."""
+        return (self.rank_of(view.d, view.k),)
+
+    def overlap(self, new: Tensor, old: Tensor) -> Tensor:
+        """1 where a new index was chosen before, 0 elsewhere (r x r)."""
+        return (new[:, None] == old[None, :]).float()
+
+
+def add_products_(
+    p: Tensor,
+    view: MatrixView,
+    factors: Sequence[Factors],
+    dtype: torch.dtype,
+    *,
+    alpha: float,
+    beta: float,
+    rounding: int | None,
+) -> None:
+    """W <- beta W + alpha sum_i Q_i U_i, in place and without a temporary of W's size.
+
+    Args:
+        p: the parameter W, of any dtype and memory layout.
+        view: how M and W are related.
+        factors: of each matrix of the stack, or of the only one; called once for each block of W. Never empty.
+        dtype: of the factors.
+        alpha: factor of the update.
+        beta: factor of the weight.
+        rounding: key of the stochastic rounding of a low-precision weight; None rounds to nearest.
+    """
+
+    def add_(w: Tensor, rows: slice, pairs: Factors) -> None:
+        for i, (q, u) in enumerate(pairs()):
+            a, b = (u.mT, q.mT) if view.transposed else (q, u)  # (rows, r) and (r, columns) of W as it is stored
+            w.addmm_(a[rows], b, beta=beta if i == 0 else 1, alpha=alpha)
+
+    if p.dtype == dtype and (whole := matrix_in_place(p, view)) is not None:
+        for w, pairs in zip(whole if view.lead else [whole], factors, strict=True):
+            add_(w, slice(None), pairs)
+        return
+    for index, (w, pairs) in enumerate(zip(view.members(p), factors, strict=True)):
+        for s in blocks(w, 0, dtype.itemsize):
+            target = w[s]
+            wide = target.to(dtype, copy=True).reshape(-1, view.columns)
+            add_(wide, s, pairs)
+            if rounding is None or p.dtype == dtype:
+                target.copy_(wide.view(target.shape))
+            else:
+                offset = (index * view.rows + s.start) * view.columns
+                stochastic_round_(target, wide.view(target.shape), rounding, offset)
+
+
+def matrix_in_place(p: Tensor, view: MatrixView) -> Tensor | None:
     """The parameter's own memory as rows x columns, or None where its layout has no such view (channels_last, say)."""
     try:
         return p.view(*view.lead, view.rows, view.columns)

@@ -2,14 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from slimstate.ops import counter_key
 
-from ._base import Projection
+from ._base import IndexProjection
 from ._matrix import MatrixView, matrix_view
 
 __all__ = ["Coordinates"]
@@ -18,7 +18,7 @@ Axis = Literal["rows", "columns", "entries"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Coordinates(Projection):
+class Coordinates(IndexProjection):
     """Q = r columns of the identity, drawn at random without replacement: down and up are an index, not a product.
 
     The choice is kept as sorted int32 indices (r of them), a pure function of the seed and the counter. The selections
@@ -35,8 +35,6 @@ class Coordinates(Projection):
     """
 
     axis: Axis = "columns"
-
-    key: ClassVar[str] = "index"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,10 +53,6 @@ class Coordinates(Projection):
         """The effective r, at most d: there may be more indices than columns."""
         return super().rank_of(d, d)
 
-    def shape_of(self, view: MatrixView) -> tuple[int, ...]:
-        """(r,)."""
-        return (self.rank_of(view.d, view.k),)
-
     def fit(self, m: Tensor, old: Tensor | None, counter: tuple[int, ...]) -> Tensor:
         """A fresh sorted choice (r, int32) of M's d rows; only the shape and device of `m` matter."""
         generator = torch.Generator().manual_seed(counter_key(self.seed, *counter))
@@ -72,7 +66,3 @@ class Coordinates(Projection):
     def up(self, r: Tensor, basis: Tensor, d: int) -> Tensor:
         """R put back on its rows, zeros on the others."""
         return r.new_zeros(d, r.shape[1]).index_add_(0, basis, r)
-
-    def overlap(self, new: Tensor, old: Tensor) -> Tensor:
-        """1 where a new index was chosen before, 0 elsewhere (r x r)."""
-        return (new[:, None] == old[None, :]).float()
