@@ -18,6 +18,8 @@ Group = dict[str, Any]
 State = dict[str, Any]
 Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
+COUNTERS = frozenset({"step", "refreshes", "age"})
+
 # What a group may carry beside its optimizer's hyperparameters: torch's own keys, and a name for the reader.
 BOOKKEEPING = frozenset({"params", "param_names", "name", "initial_lr"})
 
@@ -66,7 +68,7 @@ class Optimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _spec(self, p: Tensor, group: Group) -> Spec:
-        """The state's tensors: name -> (shape, dtype). Those of dtype int32 are counters and stay on the CPU."""
+        """The state's tensors: name -> (shape, dtype)."""
         raise NotImplementedError
 
     def _step_group(self, group: Group, params: list[Tensor]) -> None:
@@ -137,7 +139,7 @@ class Optimizer(torch.optim.Optimizer):
             stream = zlib.crc32(name.encode()) if "param_names" in group else position
             state: State = {"step": torch.zeros((), dtype=torch.float32), "stream": stream}
             for key, (shape, dtype) in self._spec(p, group).items():
-                state[key] = torch.zeros(shape, dtype=dtype, device=_home(key, dtype, p))
+                state[key] = torch.zeros(shape, dtype=dtype, device=_home(key, p))
             self.state[p].update(state)
 
     def _named(self) -> Iterator[tuple[str, Tensor, Group]]:
@@ -205,7 +207,7 @@ class Optimizer(torch.optim.Optimizer):
                         f"{shape}, found {found}"
                     )
             matched[p] = {
-                entry: value.detach().to(_home(entry, value.dtype, p), copy=True)
+                entry: value.detach().to(_home(entry, p), copy=True)
                 for entry, value in state.items()
                 if isinstance(value, Tensor)
             }
@@ -222,6 +224,6 @@ class Optimizer(torch.optim.Optimizer):
                     entry["step"] = torch.tensor(float(entry["step"]), dtype=torch.float32)
 
 
-def _home(key: str, dtype: torch.dtype, p: Tensor) -> torch.device:
+def _home(key: str, p: Tensor) -> torch.device:
     """Counters are read by Python and stay on the CPU; everything else is where its parameter is."""
-    return torch.device("cpu") if key == "step" or dtype == torch.int32 else p.device
+    return torch.device("cpu") if key in COUNTERS else p.device

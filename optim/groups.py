@@ -82,8 +82,8 @@ def param_groups(
         those that are not empty, each with its `name` and with named parameters. `print` shows the table.
 
     Raises:
-        ValueError: if a pattern matches no trainable parameter or stands alone as a string, if `include` names one that has no matrix, or if
-            nothing is left to project.
+        ValueError: if a pattern matches no trainable parameter or stands alone as a string, if `include` names one that
+            has no matrix, or if nothing is left to project.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(100, 32), nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
