@@ -90,7 +90,7 @@ RECIPES = {
     "adamp": Recipe(adamp, lr_factor=1),
     "galore": Recipe(galore, lr_factor=4, options=LOW_RANK),
     "galore-torch": Recipe(galore_torch, lr_factor=4, options=LOW_RANK),
-    "signsgd": Recipe(lambda model, lr, args: SignSGD(model.parameters(), lr), lr_factor=0.5),
+    "signsgd": Recipe(lambda model, lr, args: SignSGD(model.parameters(), lr), lr_factor=1),
 }
 
 
