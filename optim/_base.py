@@ -25,7 +25,10 @@ BOOKKEEPING = frozenset({"params", "param_names", "name", "initial_lr"})
 
 # torch.optim.AdamW's remaining keywords: the values that mean the same here, and what to do about the others.
 TORCH_KEYWORDS: dict[str, tuple[tuple[bool | None, ...], str]] = {
-    "amsgrad": ((False,), "a running maximum has no meaning in a subspace that changes; leave it False"),
+    "amsgrad": (
+        (False,),
+        "no running maximum is kept (in a changing subspace it means nothing); leave it False",
+    ),
     "foreach": ((None, False), "torch's fused kernel is used wherever there is one; leave it None"),
     "fused": ((None, True), "torch's fused kernel is used wherever there is one; leave it None"),
     "capturable": ((False,), "the step counter stays on the CPU; leave it False"),
@@ -199,6 +202,8 @@ class Optimizer(torch.optim.Optimizer):
             state = state_dict["state"].get(key)
             if not state:
                 continue
+            if "step" not in state:
+                raise ValueError(f"the checkpoint does not fit this model: parameter {name} has no 'step'")
             for entry, (shape, _) in self._spec(p, group).items():
                 found = tuple(state[entry].shape) if isinstance(state.get(entry), Tensor) else "none"
                 if found != shape:

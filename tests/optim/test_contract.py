@@ -728,3 +728,15 @@ def test_sharded_parameters_are_refused(name):
             build(name, [sharded])
     finally:
         dist.destroy_process_group()
+
+
+@few
+def test_a_state_without_a_step_is_refused(name):
+    net = model()
+    optimizer = build(name, net.parameters())
+    train(net, optimizer, 0, 2)
+    damaged, before = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.state_dict())
+    del damaged["state"][2]["step"]
+    with pytest.raises(ValueError, match="number 2 has no 'step'"):
+        optimizer.load_state_dict(damaged)
+    assert_equal(optimizer.state_dict(), before)
