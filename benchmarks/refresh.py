@@ -119,8 +119,7 @@ def refresh_of(gradient: Tensor, rank: int | float, projection: str) -> Callable
     optimizer.step()
     group, state = optimizer.param_groups[0], optimizer.state[p]
     state["step"] += 1
-    view = optimizer._view(p, group)
-    matrix, rule = Matrix(p, view.open(gradient), view, state), optimizer._projection(group)
+    matrix, rule = Matrix(p, optimizer._view(p, group), state), optimizer._projection(group)
     return torch.no_grad()(lambda: optimizer._refresh(matrix, group, rule, scheduled=True))
 
 

@@ -37,15 +37,19 @@ class Matrix(NamedTuple):
 
     Args:
         p: the parameter.
-        m: its gradient M (d x k), or a stack of them.
-        view: how the two are related.
+        view: how it is seen as a matrix, or a stack of them.
         state: the optimizer's state of p.
     """
 
     p: Tensor
-    m: Tensor
     view: MatrixView
     state: State
+
+    @property
+    def m(self) -> Tensor:
+        """The gradient M (d x k), or a stack of them; a copy only where memory has no such view: not to be kept."""
+        assert self.p.grad is not None
+        return self.view.open(self.p.grad)
 
     @property
     def age(self) -> Tensor:
@@ -148,6 +152,7 @@ class ProjectedOptimizer(Optimizer):
             raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {group['transport']!r}")
         if not isinstance(group["batch_dims"], Integral) or group["batch_dims"] < 0:
             raise ValueError(f"batch_dims must be an int >= 0, got {group['batch_dims']!r}")
+        group["batch_dims"] = int(group["batch_dims"])
 
     def _report_clamped(self, group: Group) -> None:
         if not isinstance(group["rank"], int):
@@ -222,7 +227,7 @@ class ProjectedOptimizer(Optimizer):
             if p.grad is None:
                 continue
             view = projection.view(tuple(p.shape), group["batch_dims"])
-            matrices.append(Matrix(p, view.open(p.grad), view, self.state[p]))
+            matrices.append(Matrix(p, view, self.state[p]))
             scheduled = due(int(self.state[p]["step"]), place, len(eligible), group["update_proj_gap"])
             self._refresh(matrices[-1], group, projection, scheduled)
             if "age" in self.state[p]:
@@ -235,12 +240,12 @@ class ProjectedOptimizer(Optimizer):
 
         A matrix that has no basis yet is due at every step. One whose gradient is zero or not finite keeps what it has.
         """
-        p, m, view, state = matrix
+        p, view, state = matrix
         refreshes = state["refreshes"].view(-1)
         if not scheduled and all(refreshes.tolist()):
             return
         changed = False
-        stacked = [state[projection.key], m, state["exp_avg"], state["exp_avg_sq"]]
+        stacked = [state[projection.key], matrix.m, state["exp_avg"], state["exp_avg_sq"]]
         members = zip(*(stacked if view.lead else [x[None] for x in stacked]), strict=True)
         for j, (basis, gradient, exp_avg, exp_avg_sq) in enumerate(members):
             count = int(refreshes[j])
