@@ -4,7 +4,7 @@ and what then becomes of the moments."""
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from numbers import Integral
 from typing import ClassVar, NamedTuple
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from slimstate.projections import SVD, DenseProjection, MatrixView, PowerIteration, Projection, RandomOrthogonal
+from slimstate.projections import SVD, MatrixView, PowerIteration, Projection, RandomOrthogonal
 from slimstate.projections._base import check_rank, compute_dtype
 from slimstate.projections._blocks import largest_magnitude
 from slimstate.projections._matrix import SIDES
@@ -24,7 +24,6 @@ from .groups import shape_text, table
 __all__ = ["DEFAULT_RANK", "Matrix", "ProjectedOptimizer", "due", "rotate_"]
 
 DEFAULT_RANK = 0.25  # of the smaller side: about what GaLore takes, 128 of 512 to 1024 of 4096
-TRANSPORTS = ("rotate", "keep", "reset")
 TOGETHER_BYTES = 1 << 20  # of projected gradients; larger ones are given back to the system and faulted in again
 ROTATED_EXP_AVG, ROTATED_EXP_AVG_SQ = 3, 4  # purposes of random bits, after `_adam`'s
 
@@ -51,6 +50,10 @@ class Matrix(NamedTuple):
         assert self.p.grad is not None
         return self.view.open(self.p.grad)
 
+    def member(self, x: Tensor, j: int) -> Tensor:
+        """What belongs to matrix j of the stack; all of it where there is one matrix."""
+        return x[j] if self.view.lead else x
+
     @property
     def age(self) -> Tensor:
         """How many gradients the moments have seen: what bias correction goes by."""
@@ -58,13 +61,20 @@ class Matrix(NamedTuple):
 
 
 class ProjectedOptimizer(Optimizer):
-    """Projects the matrices of groups that have a rank, gives AdamW to everything else, and refreshes the bases."""
+    """Projects the matrices of groups that have a rank, gives AdamW to everything else, and refreshes the bases.
 
-    projections: ClassVar[dict[str, type[DenseProjection]]] = {
-        "svd": SVD,
-        "power": PowerIteration,
-        "random": RandomOrthogonal,
+    A method says what it does with projected gradients in `_update`; where its moments, its dense rule or what its
+    bases are fitted to are not AdamW's, it says so in the other hooks.
+    """
+
+    projections: ClassVar[dict[str, Projection]] = {
+        "svd": SVD(),
+        "power": PowerIteration(),
+        "random": RandomOrthogonal(),
     }
+    """What a group may name; it sets those of their hyperparameters that it has keys for."""
+
+    transports: ClassVar[tuple[str, ...]] = ("rotate", "keep", "reset")
 
     def __init__(self, params: ParamsT, defaults: Group) -> None:
         defaults = defaults | self._unfolded(defaults)
@@ -82,9 +92,32 @@ class ProjectedOptimizer(Optimizer):
                 f"(flat partitions have lost theirs); got shapes {[tuple(p.shape) for _, p, _ in self._named()][:4]}"
             )
 
-    def _update(self, matrices: list[Matrix], group: Group, projection: DenseProjection) -> None:
+    def _update(self, matrices: list[Matrix], group: Group, projection: Projection) -> None:
         """Updates projected parameters from their gradients, after the bases that were due have been refreshed."""
         raise NotImplementedError
+
+    def _check_rule(self, group: Group) -> None:
+        """Checks the hyperparameters of the rule that turns gradients into steps."""
+        check_adam(group)
+
+    def _moments_spec(self, p: Tensor, group: Group, shape: tuple[int, ...]) -> Spec:
+        """The moments that the rule keeps of a gradient, projected or not, of this shape."""
+        return moments_spec(p, group, shape)
+
+    def _dense_step_(self, params: list[Tensor], group: Group) -> None:
+        """Updates the parameters that are not projected."""
+        adamw_step_(self, params, group)
+
+    def _fitted_to(self, matrix: Matrix, group: Group) -> Tensor:
+        """What a basis is fitted to (d x k, or a stack of them)."""
+        return matrix.m
+
+    def _rotate_(self, matrix: Matrix, group: Group, j: int, overlap: Tensor) -> None:
+        """Carries the moments of matrix j of the stack into a new basis; overlap = Q_new^T Q_old."""
+        exp_avg, exp_avg_sq = (matrix.member(matrix.state[key], j) for key in ("exp_avg", "exp_avg_sq"))
+        keys = [self._draw(matrix.p, group, purpose) for purpose in (ROTATED_EXP_AVG, ROTATED_EXP_AVG_SQ)]
+        age = matrix.state["step"].item() - 1
+        rotate_(exp_avg, exp_avg_sq, overlap, group["betas"], age, keys, offset=j * exp_avg.numel())
 
     # Groups.
 
@@ -93,14 +126,14 @@ class ProjectedOptimizer(Optimizer):
         projection = defaults["projection"]
         if not isinstance(projection, Projection):
             return {}
-        names: dict[type, str] = {kind: name for name, kind in self.projections.items()}
-        if type(projection) not in names:
-            raise ValueError(f"projection must be one of {', '.join(self.projections)}, got {projection!r}")
-        values = {f.name: getattr(projection, f.name) for f in fields(projection)}
+        values = {f.name: getattr(projection, f.name) for f in fields(projection) if f.name in defaults}
         for f in fields(projection):
-            if defaults[f.name] not in (f.default, values[f.name]):
+            if f.name in values and defaults[f.name] not in (f.default, values[f.name]):
                 raise ValueError(f"{f.name}={defaults[f.name]!r} contradicts projection={projection!r}")
-        return {"projection": names[type(projection)], **values}
+        for name, known in self.projections.items():
+            if type(known) is type(projection) and replace(known, **values) == projection:
+                return {"projection": name, **values}
+        raise ValueError(f"projection must be one of {', '.join(self.projections)}, got {projection!r}")
 
     def add_param_group(self, param_group: Group) -> None:
         """As `Optimizer.add_param_group`; understands galore-torch's `proj_type`."""
@@ -134,7 +167,7 @@ class ProjectedOptimizer(Optimizer):
             )
 
     def _check(self, group: Group) -> None:
-        check_adam(group)
+        self._check_rule(group)
         if group["rank"] is not None:
             group["rank"] = check_rank(group["rank"])
         gap = group["update_proj_gap"]
@@ -148,8 +181,8 @@ class ProjectedOptimizer(Optimizer):
             raise ValueError(f"projection must be one of {', '.join(self.projections)}, got {group['projection']!r}")
         if group["side"] not in SIDES:
             raise ValueError(f"side must be one of {', '.join(SIDES)}, got {group['side']!r}")
-        if group["transport"] not in TRANSPORTS:
-            raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {group['transport']!r}")
+        if group["transport"] not in self.transports:
+            raise ValueError(f"transport must be one of {', '.join(self.transports)}, got {group['transport']!r}")
         if not isinstance(group["batch_dims"], Integral) or group["batch_dims"] < 0:
             raise ValueError(f"batch_dims must be an int >= 0, got {group['batch_dims']!r}")
         group["batch_dims"] = int(group["batch_dims"])
@@ -169,9 +202,9 @@ class ProjectedOptimizer(Optimizer):
     def _is_projected(self, p: Tensor, group: Group) -> bool:
         return group["rank"] is not None and p.ndim >= group["batch_dims"] + 2 and p.numel() > 0
 
-    def _projection(self, group: Group) -> DenseProjection:
-        kind = self.projections[group["projection"]]
-        return kind(**{f.name: group[f.name] for f in fields(kind)})
+    def _projection(self, group: Group) -> Projection:
+        known = self.projections[group["projection"]]
+        return replace(known, **{f.name: group[f.name] for f in fields(known) if f.name in group})
 
     def _view(self, p: Tensor, group: Group) -> MatrixView:
         return self._projection(group).view(tuple(p.shape), group["batch_dims"])
@@ -203,12 +236,12 @@ class ProjectedOptimizer(Optimizer):
 
     def _spec(self, p: Tensor, group: Group) -> Spec:
         if not self._is_projected(p, group):
-            return moments_spec(p, group, tuple(p.shape))
+            return self._moments_spec(p, group, tuple(p.shape))
         projection = self._projection(group)
         view = projection.view(tuple(p.shape), group["batch_dims"])
         basis = (*view.lead, *projection.shape_of(view))
-        spec = moments_spec(p, group, (*view.lead, projection.rank_of(view.d, view.k), view.k))
-        spec[projection.key] = (basis, compute_dtype(p.dtype))
+        spec = self._moments_spec(p, group, (*view.lead, projection.rank_of(view.d, view.k), view.k))
+        spec[projection.key] = (basis, projection.dtype_of(p.dtype))
         spec["refreshes"] = (view.lead, torch.int32)
         if group["transport"] == "reset":
             spec["age"] = ((), torch.int32)
@@ -217,7 +250,7 @@ class ProjectedOptimizer(Optimizer):
     # Steps.
 
     def _step_group(self, group: Group, params: list[Tensor]) -> None:
-        adamw_step_(self, [p for p in params if not self._is_projected(p, group)], group)
+        self._dense_step_([p for p in params if not self._is_projected(p, group)], group)
         if group["rank"] is None:
             return
         projection = self._projection(group)
@@ -232,10 +265,10 @@ class ProjectedOptimizer(Optimizer):
             self._refresh(matrices[-1], group, projection, scheduled)
             if "age" in self.state[p]:
                 self.state[p]["age"] += 1
-        for some in _in_blocks(matrices):
+        for some in _in_blocks(matrices, projection):
             self._update(some, group, projection)
 
-    def _refresh(self, matrix: Matrix, group: Group, projection: DenseProjection, scheduled: bool) -> None:
+    def _refresh(self, matrix: Matrix, group: Group, projection: Projection, scheduled: bool) -> None:
         """Fits a new basis where it is due, and carries the moments over.
 
         A matrix that has no basis yet is due at every step. One whose gradient is zero or not finite keeps what it has.
@@ -245,10 +278,9 @@ class ProjectedOptimizer(Optimizer):
         if not scheduled and all(refreshes.tolist()):
             return
         changed = False
-        stacked = [state[projection.key], matrix.m, state["exp_avg"], state["exp_avg_sq"]]
-        members = zip(*(stacked if view.lead else [x[None] for x in stacked]), strict=True)
-        for j, (basis, gradient, exp_avg, exp_avg_sq) in enumerate(members):
-            count = int(refreshes[j])
+        gradients = self._fitted_to(matrix, group)
+        for j, count in enumerate(refreshes.tolist()):
+            gradient, basis = matrix.member(gradients, j), matrix.member(state[projection.key], j)
             if count and not scheduled:
                 continue
             size = largest_magnitude(gradient).item()
@@ -259,28 +291,20 @@ class ProjectedOptimizer(Optimizer):
             refreshes[j] += 1
             changed |= old is not None
             if old is not None and group["transport"] == "rotate":
-                keys = [self._draw(p, group, purpose) for purpose in (ROTATED_EXP_AVG, ROTATED_EXP_AVG_SQ)]
-                age = state["step"].item() - 1
-                rotate_(
-                    exp_avg,
-                    exp_avg_sq,
-                    projection.overlap(basis, old),
-                    betas=group["betas"],
-                    age=age,
-                    keys=keys,
-                    offset=j * exp_avg.numel(),
-                )
+                self._rotate_(matrix, group, j, projection.overlap(basis, old))
         if changed and group["transport"] == "reset":
-            for key in ("exp_avg", "exp_avg_sq", "age"):
+            for key in (*self._moments_spec(p, group, view.shape), "age"):
                 state[key].zero_()
 
 
-def _in_blocks(matrices: list[Matrix]) -> Iterator[list[Matrix]]:
+def _in_blocks(matrices: list[Matrix], projection: Projection) -> Iterator[list[Matrix]]:
     """Lists of matrices whose projected gradients are small together, or of one: few calls, and little memory."""
     some: list[Matrix] = []
     size = 0
     for matrix in matrices:
-        own = matrix.state["exp_avg"].numel() * compute_dtype(matrix.p.dtype).itemsize
+        view = matrix.view
+        projected = (*view.lead, projection.rank_of(view.d, view.k), view.k)
+        own = math.prod(projected) * compute_dtype(matrix.p.dtype).itemsize
         if some and size + own > TOGETHER_BYTES:
             yield some
             some, size = [], 0

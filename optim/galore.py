@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from slimstate.projections import DenseProjection, Projection
+from slimstate.projections import Projection
 
 from ._adam import adam_directions, weight_rounding
 from ._base import Group, refuse
@@ -120,7 +120,7 @@ class GaLoreAdamW(ProjectedOptimizer):
         )
         super().__init__(params, defaults)
 
-    def _update(self, matrices: list[Matrix], group: Group, projection: DenseProjection) -> None:
+    def _update(self, matrices: list[Matrix], group: Group, projection: Projection) -> None:
         lr = float(group["lr"])
         rs = [projection.down(x.m, x.state["basis"]) for x in matrices]
         us = adam_directions(self, [x.p for x in matrices], rs, group, [x.age for x in matrices])

@@ -24,6 +24,7 @@ __all__ = [
     "check_rank",
     "compute_dtype",
     "matrix_in_place",
+    "rewrite_",
 ]
 
 Factors = Callable[[], Iterable[tuple[Tensor, Tensor]]]
@@ -87,6 +88,10 @@ class Projection(ABC):
         """Shape of what `fit` returns, behind the stack's axis if there is one."""
 
     @abstractmethod
+    def dtype_of(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which what `fit` returns is kept for a parameter of `dtype`."""
+
+    @abstractmethod
     def fit(self, m: Tensor, old: Tensor | None, counter: tuple[int, ...]) -> Tensor:
         """Chooses a subspace for one matrix.
 
@@ -108,6 +113,30 @@ class Projection(ABC):
     def overlap(self, new: Tensor, old: Tensor) -> Tensor:
         """C = Q_new^T Q_old (r x r): reads in the new basis what was written in the old one."""
 
+    @abstractmethod
+    def write_back_(
+        self,
+        p: Tensor,
+        view: MatrixView,
+        basis: Tensor,
+        u: Tensor,
+        *,
+        alpha: float,
+        beta: float,
+        rounding: int | None = None,
+    ) -> None:
+        """W <- beta W + alpha Q U, in place and without a temporary of W's size.
+
+        Args:
+            p: the parameter W, of any dtype and memory layout.
+            view: how M and W are related.
+            basis: what `fit` returned, or a stack of them.
+            u: U (r x k), or a stack of them, in float32 (float64 for float64).
+            alpha: factor of the update.
+            beta: factor of the weight, 1 - lr * weight_decay.
+            rounding: key of the stochastic rounding of a low-precision weight; None rounds to nearest.
+        """
+
 
 class DenseProjection(Projection):
     """A projection that keeps an orthonormal Q (d x r)."""
@@ -117,6 +146,10 @@ class DenseProjection(Projection):
     def shape_of(self, view: MatrixView) -> tuple[int, ...]:
         """(d, r)."""
         return (view.d, self.rank_of(view.d, view.k))
+
+    def dtype_of(self, dtype: torch.dtype) -> torch.dtype:
+        """float32, and float64 for float64."""
+        return compute_dtype(dtype)
 
     def down(self, m: Tensor, basis: Tensor) -> Tensor:
         """R = Q^T M; a gradient of lower precision is widened in column blocks."""
@@ -146,17 +179,7 @@ class DenseProjection(Projection):
         beta: float,
         rounding: int | None = None,
     ) -> None:
-        """W <- beta W + alpha Q U, in place and without a temporary of W's size.
-
-        Args:
-            p: the parameter W, of any dtype and memory layout.
-            view: how M and W are related.
-            basis: Q (d x r), or a stack of them.
-            u: U (r x k), or a stack of them, in the basis' dtype.
-            alpha: factor of the update.
-            beta: factor of the weight, 1 - lr * weight_decay.
-            rounding: key of the stochastic rounding of a low-precision weight; None rounds to nearest.
-        """
+        """W <- beta W + alpha Q U, in place and without a temporary of W's size."""
         if view.lead and p.dtype == basis.dtype and (w := matrix_in_place(p, view)) is not None:
             a, b = (u.mT, basis.mT) if view.transposed else (basis, u)
             w.baddbmm_(a, b, beta=beta, alpha=alpha)
@@ -174,6 +197,10 @@ class IndexProjection(Projection):
     def shape_of(self, view: MatrixView) -> tuple[int, ...]:
         """(r,)."""
         return (self.rank_of(view.d, view.k),)
+
+    def dtype_of(self, dtype: torch.dtype) -> torch.dtype:
+        """int32, whatever the parameter's."""
+        return torch.int32
 
     def overlap(self, new: Tensor, old: Tensor) -> Tensor:
         """1 where a new index was chosen before, 0 elsewhere (r x r)."""
@@ -202,24 +229,48 @@ def add_products_(
         rounding: key of the stochastic rounding of a low-precision weight; None rounds to nearest.
     """
 
-    def add_(w: Tensor, rows: slice, pairs: Factors) -> None:
-        for i, (q, u) in enumerate(pairs()):
+    def add_(w: Tensor, j: int, rows: slice) -> None:
+        for i, (q, u) in enumerate(factors[j]()):
             a, b = (u.mT, q.mT) if view.transposed else (q, u)  # (rows, r) and (r, columns) of W as it is stored
             w.addmm_(a[rows], b, beta=beta if i == 0 else 1, alpha=alpha)
 
-    if p.dtype == dtype and (whole := matrix_in_place(p, view)) is not None:
-        for w, pairs in zip(whole if view.lead else [whole], factors, strict=True):
-            add_(w, slice(None), pairs)
+    rewrite_(p, view, add_, dtype, rounding, whole=True)
+
+
+def rewrite_(
+    p: Tensor,
+    view: MatrixView,
+    edit: Callable[[Tensor, int, slice], object],
+    dtype: torch.dtype,
+    rounding: int | None,
+    *,
+    whole: bool = False,
+) -> None:
+    """Changes W in place and in `dtype`, without a temporary of W's size.
+
+    Args:
+        p: the parameter W, of any dtype and memory layout.
+        view: how it is stored as matrices (rows x columns).
+        edit: changes some rows of matrix j, given as (rows x columns) in `dtype`; called with them, j, and which.
+        dtype: of the arithmetic.
+        rounding: key of the stochastic rounding of a low-precision weight; None rounds to nearest.
+        whole: give all rows at once where W's own memory can be given.
+    """
+    in_place = matrix_in_place(p, view) if p.dtype == dtype else None
+    if in_place is not None:
+        for j, w in enumerate(in_place if view.lead else [in_place]):
+            for s in [slice(0, view.rows)] if whole else blocks(w, 0, dtype.itemsize):
+                edit(w[s], j, s)
         return
-    for index, (w, pairs) in enumerate(zip(view.members(p), factors, strict=True)):
+    for j, w in enumerate(view.members(p)):
         for s in blocks(w, 0, dtype.itemsize):
             target = w[s]
             wide = target.to(dtype, copy=True).reshape(-1, view.columns)
-            add_(wide, s, pairs)
+            edit(wide, j, s)
             if rounding is None or p.dtype == dtype:
                 target.copy_(wide.view(target.shape))
             else:
-                offset = (index * view.rows + s.start) * view.columns
+                offset = (j * view.rows + s.start) * view.columns
                 stochastic_round_(target, wide.view(target.shape), rounding, offset)
 
 

@@ -145,17 +145,7 @@ class FixedDictionary(IndexProjection):
         beta: float,
         rounding: int | None = None,
     ) -> None:
-        """W <- beta W + alpha Q_J U, in place and without a temporary of W's size.
-
-        Args:
-            p: the parameter W, of any dtype and memory layout.
-            view: how M and W are related.
-            basis: J (r,), or a stack of them.
-            u: U (r x k), or a stack of them, in float32 (float64 for float64).
-            alpha: factor of the update.
-            beta: factor of the weight, 1 - lr * weight_decay.
-            rounding: key of the stochastic rounding of a low-precision weight; None rounds to nearest.
-        """
+        """W <- beta W + alpha Q_J U, in place and without a temporary of W's size."""
         pairs = list(zip(basis, u, strict=True) if view.lead else [(basis, u)])
         by_transform = p.dtype == u.dtype and self._by_transform(basis.shape[-1], view.d)
         if by_transform and (w := matrix_in_place(p, view)) is not None:

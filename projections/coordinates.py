@@ -1,15 +1,16 @@
 """Coordinates: keep some rows, columns or entries of the gradient as they are."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from slimstate.ops import counter_key
+from slimstate.ops import counter_key, stochastic_round_
 
-from ._base import IndexProjection
+from ._base import IndexProjection, compute_dtype, rewrite_
 from ._matrix import MatrixView, matrix_view
 
 __all__ = ["Coordinates"]
@@ -29,12 +30,15 @@ class Coordinates(IndexProjection):
         side: `auto` only: `axis` says which axis is selected from.
         seed: of the draw.
         axis: `rows`, `columns` (the default, as FRUGAL's code) or `entries` of the parameter's matrix.
+        contiguous: draw one run of neighbours, which may go on from the last to the first, instead of scattered ones:
+            each index is as likely as before, and memory is read and written in long runs.
 
     Raises:
         ValueError: for a rank or an axis out of range, or a side beside `auto`.
     """
 
     axis: Axis = "columns"
+    contiguous: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,14 +59,76 @@ class Coordinates(IndexProjection):
 
     def fit(self, m: Tensor, old: Tensor | None, counter: tuple[int, ...]) -> Tensor:
         """A fresh sorted choice (r, int32) of M's d rows; only the shape and device of `m` matter."""
+        d, rank = m.shape[0], self.rank_of(*m.shape)
         generator = torch.Generator().manual_seed(counter_key(self.seed, *counter))
-        chosen = torch.randperm(m.shape[0], generator=generator)[: self.rank_of(*m.shape)]
+        if self.contiguous:
+            chosen = (torch.randint(d, (1,), generator=generator) + torch.arange(rank)) % d
+        else:
+            chosen = torch.randperm(d, generator=generator)[:rank]
         return chosen.sort().values.to(m.device, torch.int32)
 
     def down(self, m: Tensor, basis: Tensor) -> Tensor:
-        """The chosen rows of M."""
-        return m.index_select(0, basis)
+        """The chosen rows of M, in float32 (float64 for float64)."""
+        if basis.ndim > 1:
+            return torch.stack([self.down(*pair) for pair in zip(m, basis, strict=True)])
+        return m.index_select(0, basis).to(compute_dtype(m.dtype))
 
     def up(self, r: Tensor, basis: Tensor, d: int) -> Tensor:
         """R put back on its rows, zeros on the others."""
+        if basis.ndim > 1:
+            return torch.stack([self.up(*pair, d) for pair in zip(r, basis, strict=True)])
         return r.new_zeros(d, r.shape[1]).index_add_(0, basis, r)
+
+    def take(self, p: Tensor, view: MatrixView, basis: Tensor) -> Tensor:
+        """The chosen rows (r x k, or a stack of them) of a parameter, in float32 (float64 for float64)."""
+        dtype = compute_dtype(p.dtype)
+        rows = [p[place].to(dtype) for p, place in self._places(p, view, basis)]
+        rows = [(x.mT if view.transposed else x).reshape(-1, view.k) for x in rows]
+        return torch.stack(rows) if view.lead else rows[0]
+
+    def put_(self, p: Tensor, view: MatrixView, basis: Tensor, rows: Tensor, rounding: int | None = None) -> None:
+        """Writes the chosen rows (r x k, or a stack of them) of a parameter.
+
+        Args:
+            p: the parameter, of any dtype and memory layout.
+            view: how it is seen as M.
+            basis: the indices (r,), or a stack of them.
+            rows: the new values, in float32 (float64 for float64).
+            rounding: key of the stochastic rounding of a low-precision weight; None rounds to nearest.
+        """
+        if rounding is None or p.dtype == rows.dtype:
+            values = rows.to(p.dtype)
+        else:  # with bits that no entry of the parameter takes by its own place
+            values = torch.empty_like(rows, dtype=p.dtype)
+            stochastic_round_(values, rows, rounding, offset=p.numel())
+        for (member, place), x in zip(self._places(p, view, basis), values if view.lead else [values], strict=True):
+            shape = (-1, *member.shape[1:]) if self.axis == "rows" else (view.rows, -1) if view.transposed else (-1,)
+            member[place] = (x.mT if view.transposed else x).reshape(shape)
+
+    def write_back_(
+        self,
+        p: Tensor,
+        view: MatrixView,
+        basis: Tensor,
+        u: Tensor,
+        *,
+        alpha: float,
+        beta: float,
+        rounding: int | None = None,
+    ) -> None:
+        """W <- beta W + alpha Q U, in place and without a temporary of W's size."""
+        rows = self.take(p, view, basis).mul_(beta).add_(u, alpha=alpha)
+        if beta != 1:
+            rewrite_(p, view, lambda w, j, s: w.mul_(beta), u.dtype, rounding, whole=True)
+        self.put_(p, view, basis, rows, rounding)
+
+    def _places(self, p: Tensor, view: MatrixView, basis: Tensor) -> Iterator[tuple[Tensor, tuple[Any, ...]]]:
+        """The matrices of a stack in the parameter's own shape, and where the chosen rows of M are in them."""
+        for member, index in zip(view.members(p), basis if view.lead else [basis], strict=True):
+            match self.axis:
+                case "rows":
+                    yield member, (index,)
+                case "columns":
+                    yield member, (slice(None), *torch.unravel_index(index, member.shape[1:]))
+                case "entries":
+                    yield member, torch.unravel_index(index, member.shape)

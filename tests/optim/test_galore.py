@@ -402,7 +402,7 @@ def test_rotated_moments_do_not_depend_on_the_signs_of_singular_vectors(transpor
     for kind in (SVD, Flipped):
         p = parameter((12, 20), torch.float64)
         optimizer = GaLoreAdamW([p], lr=0.1, rank=3, update_proj_gap=2, transport=transport, **EXACT)
-        optimizer.projections = {"svd": kind}
+        optimizer.projections = {"svd": kind()}
         run(optimizer, [p], [[g] for g in gradients((12, 20), 9, torch.float64)])
         weights.append(p.detach())
     assert torch.allclose(*weights, rtol=1e-6, atol=1e-7) is independent

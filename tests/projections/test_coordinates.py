@@ -93,3 +93,22 @@ def test_overlap_says_which_coordinates_stay():
 def test_refuses_settings_out_of_range(settings, message):
     with pytest.raises(ValueError, match=message):
         Coordinates(**settings)
+
+
+@given(d=st.integers(1, 60), rank=st.integers(1, 70), count=st.integers(0, 50))
+def test_a_contiguous_choice_is_one_run_around_the_end(d, rank, count):
+    index = Coordinates(rank=rank, contiguous=True).fit(torch.zeros(d, 2), None, (0, count, 0))
+    r = min(rank, d)
+    assert index.dtype == torch.int32
+    assert len(index) == r
+    gaps = (index.diff() != 1).sum().item()
+    assert gaps == 0 or (gaps == 1 and index[0] == 0 and index[-1] == d - 1)
+
+
+def test_every_index_is_equally_likely_in_a_run():
+    d, r, draws = 12, 3, 2400
+    projection = Coordinates(rank=r, contiguous=True)
+    counts = torch.zeros(d)
+    for count in range(draws):
+        counts[projection.fit(torch.zeros(d, 1), None, (0, count, 0)).long()] += 1
+    assert (counts / draws - r / d).abs().max() < 5 * (r / d * (1 - r / d) / draws) ** 0.5

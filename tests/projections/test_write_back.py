@@ -3,7 +3,7 @@ import torch
 
 from slimstate.ops import counter_key
 from slimstate.optim import AdamW, GaLoreAdamW
-from slimstate.projections import SVD, matrix_view
+from slimstate.projections import SVD, Coordinates, matrix_view
 
 SIDES = ["auto", "left", "right", "reverse"]
 
@@ -193,3 +193,26 @@ def test_no_step_of_a_dense_parameter_allocates_more_than_a_block(dtype, moment_
     optimizer = AdamW([p], moment_dtype=moment_dtype)
     optimizer.step()
     assert largest_allocation(optimizer.step) <= 4 << 20
+
+
+@layouts
+@pytest.mark.parametrize("axis", ["rows", "columns", "entries"])
+@pytest.mark.parametrize("contiguous", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 0.02)]
+)
+def test_coordinates_are_written_where_they_are(name, shape, batch_dims, layout, axis, contiguous, dtype, tolerance):
+    projection = Coordinates(axis=axis, rank=4, contiguous=contiguous)
+    view = projection.view(shape, batch_dims)
+    p = layout(torch.randn(shape).to(dtype))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    m = torch.zeros(view.d, view.k)
+    picks = [projection.fit(m, None, (0, 0, j)) for j in range(view.lead[0] if view.lead else 1)]
+    index = torch.stack(picks) if view.lead else picks[0]
+    assert torch.equal(projection.take(p, view, index), projection.down(view.open(p), index))
+    u = torch.randn(*view.lead, 4, view.k, dtype=wide)
+    expected = 0.9 * p.double() - 0.3 * view.close(projection.up(u.double(), index, view.d))
+    pointer, strides = p.data_ptr(), p.stride()
+    projection.write_back_(p, view, index, u, alpha=-0.3, beta=0.9, rounding=None if dtype == wide else 7)
+    torch.testing.assert_close(p.double(), expected, atol=tolerance, rtol=tolerance)
+    assert (p.data_ptr(), p.stride()) == (pointer, strides)
