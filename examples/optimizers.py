@@ -3,11 +3,12 @@
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from slimstate.optim import AdamP, AdamW, GaLoreAdamW, param_groups, state_bytes
+from slimstate.optim import FRUGAL, AdamP, AdamW, GaLoreAdamW, param_groups, state_bytes
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,12 @@ def adamp(model: nn.Module, lr: float, args: Namespace) -> torch.optim.Optimizer
 def galore(model: nn.Module, lr: float, args: Namespace) -> torch.optim.Optimizer:
     """GaLore on the linear layers, AdamW on embeddings, output head and norms."""
     return GaLoreAdamW(low_rank_groups(model, args), lr=lr)
+
+
+def frugal(model: nn.Module, lr: float, args: Namespace, **settings: str | bool) -> torch.optim.Optimizer:
+    """FRUGAL on the linear layers, AdamW on embeddings, output head and norms."""
+    groups = param_groups(model, rank=args.rank, update_proj_gap=args.update_proj_gap)
+    return FRUGAL(groups, lr=lr, **settings)
 
 
 def galore_torch(model: nn.Module, lr: float, args: Namespace) -> torch.optim.Optimizer:
@@ -89,6 +96,8 @@ RECIPES = {
     "adamw": Recipe(adamw, lr_factor=1),
     "adamp": Recipe(adamp, lr_factor=1),
     "galore": Recipe(galore, lr_factor=4, options=LOW_RANK),
+    "frugal": Recipe(frugal, lr_factor=1, options=("rank", "update_proj_gap")),
+    "frugal-runs": Recipe(partial(frugal, contiguous=True), lr_factor=1, options=("rank", "update_proj_gap")),
     "galore-torch": Recipe(galore_torch, lr_factor=4, options=LOW_RANK),
     "signsgd": Recipe(lambda model, lr, args: SignSGD(model.parameters(), lr), lr_factor=1),
 }

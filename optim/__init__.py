@@ -8,8 +8,9 @@ if __name__ != "slimstate.optim":
 
 from .adamp import SGDP, AdamP
 from .adamw import AdamW
+from .frugal import FRUGAL
 from .galore import GaLoreAdamW
 from .groups import ParamGroups, param_groups
 from .memory import state_bytes
 
-__all__ = ["SGDP", "AdamP", "AdamW", "GaLoreAdamW", "ParamGroups", "param_groups", "state_bytes"]
+__all__ = ["FRUGAL", "SGDP", "AdamP", "AdamW", "GaLoreAdamW", "ParamGroups", "param_groups", "state_bytes"]

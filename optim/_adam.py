@@ -97,7 +97,9 @@ def moments_spec(p: Tensor, group: Group, shape: tuple[int, ...]) -> Spec:
     return {"exp_avg": (shape, dtype), "exp_avg_sq": (shape, dtype)}
 
 
-def adamw_step_(optimizer: Optimizer, params: list[Tensor], group: Group) -> None:
+def adamw_step_(
+    optimizer: Optimizer, params: list[Tensor], group: Group, *, scale: float = 1.0, clock: str = "step"
+) -> None:
     r"""AdamW on whole parameters, as torch.optim.AdamW:
 
     .. math::
@@ -106,28 +108,38 @@ def adamw_step_(optimizer: Optimizer, params: list[Tensor], group: Group) -> Non
 
     float32 and float64 go through torch's fused kernel. Lower precision, moments of another dtype and strided memory
     go through the same kernel in wide copies of a few MiB, and are rounded stochastically on the way back.
+
+    Args:
+        optimizer: whose state holds the moments.
+        params: the parameters.
+        group: the hyperparameters.
+        scale: of the step, not of the decay.
+        clock: the counter in the state that is t: how many gradients are in the moments, this one included.
     """
+    rates = dict(lr=scale * float(group["lr"]), weight_decay=group["weight_decay"] / scale)
     whole: list[tuple[Tensor, ...]] = []
     for p in params:
         state = optimizer.state[p]
         assert p.grad is not None
         parts = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
         if all(x.is_contiguous() and x.dtype == p.dtype for x in parts) and p.dtype not in LOW_PRECISION:
-            whole.append((*parts, state["step"]))
+            whole.append((*parts, state[clock]))
         else:
-            _step_in_blocks_(optimizer, p, p.grad, state, group)
+            _step_in_blocks_(optimizer, p, p.grad, state, group, clock, **rates)
     if whole:
-        _fused_(*map(list, zip(*whole, strict=True)), group=group)
+        _fused_(*map(list, zip(*whole, strict=True)), group=group, **rates)
 
 
-def _step_in_blocks_(optimizer: Optimizer, p: Tensor, grad: Tensor, state: State, group: Group) -> None:
+def _step_in_blocks_(
+    optimizer: Optimizer, p: Tensor, grad: Tensor, state: State, group: Group, clock: str, **rates: float
+) -> None:
     dtype = compute_dtype(p.dtype)
     keys = [weight_rounding(optimizer, p, group), *(optimizer._draw(p, group, x) for x in (EXP_AVG, EXP_AVG_SQ))]
     targets = [x if x.ndim else x[None] for x in (p, grad, state["exp_avg"], state["exp_avg_sq"])]
     for s in blocks(targets[0], 0, dtype.itemsize):
         stored = [x[s] for x in targets]
         w, g, m, v = (x.to(dtype).contiguous() for x in stored)
-        _fused_([w], [g], [m], [v], [state["step"]], group=group)
+        _fused_([w], [g], [m], [v], [state[clock]], group=group, **rates)
         offset = s.start * (w.numel() // max(1, w.shape[0]))
         for target, value, key in zip((stored[0], *stored[2:]), (w, m, v), keys, strict=True):
             store_(target, value, key, offset)
@@ -141,8 +153,8 @@ def _fused_(
     steps: list[Tensor],
     *,
     group: Group,
-    lr: float | None = None,
-    weight_decay: float | None = None,
+    lr: float,
+    weight_decay: float,
 ) -> None:
     """torch's AdamW kernel over lists; `steps` already count this step and are not changed."""
     before = [  # on the parameter's device, and one less, since the kernel counts by itself
@@ -161,8 +173,8 @@ def _fused_(
         amsgrad=False,
         beta1=group["betas"][0],
         beta2=group["betas"][1],
-        lr=float(group["lr"]) if lr is None else lr,
-        weight_decay=group["weight_decay"] if weight_decay is None else weight_decay,
+        lr=lr,
+        weight_decay=weight_decay,
         eps=group["eps"],
         maximize=group["maximize"],
     )

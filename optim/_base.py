@@ -74,6 +74,10 @@ class Optimizer(torch.optim.Optimizer):
         """The state's tensors: name -> (shape, dtype)."""
         raise NotImplementedError
 
+    def _passing(self, p: Tensor, group: Group) -> frozenset[str]:
+        """The keys of `_spec` that come and go; a state may be without them."""
+        return frozenset()
+
     def _step_group(self, group: Group, params: list[Tensor]) -> None:
         """Updates `params`, those of the group that have a gradient; their `step` already counts this step."""
         raise NotImplementedError
@@ -141,7 +145,10 @@ class Optimizer(torch.optim.Optimizer):
             # By name where there is one, so that the draws do not depend on the order of the parameters.
             stream = zlib.crc32(name.encode()) if "param_names" in group else position
             state: State = {"step": torch.zeros((), dtype=torch.float32), "stream": stream}
+            passing = self._passing(p, group)
             for key, (shape, dtype) in self._spec(p, group).items():
+                if key in passing:
+                    continue
                 state[key] = torch.zeros(shape, dtype=dtype, device=_home(key, p))
             self.state[p].update(state)
 
@@ -204,7 +211,10 @@ class Optimizer(torch.optim.Optimizer):
                 continue
             if "step" not in state:
                 raise ValueError(f"the checkpoint does not fit this model: parameter {name} has no 'step'")
+            missing = self._passing(p, group) - state.keys()
             for entry, (shape, _) in self._spec(p, group).items():
+                if entry in missing:
+                    continue
                 found = tuple(state[entry].shape) if isinstance(state.get(entry), Tensor) else "none"
                 if found != shape:
                     raise ValueError(

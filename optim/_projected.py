@@ -76,17 +76,20 @@ class ProjectedOptimizer(Optimizer):
 
     transports: ClassVar[tuple[str, ...]] = ("rotate", "keep", "reset")
 
+    shares: ClassVar[tuple[str, ...]] = ("rank",)
+    """The keys of which one, where it is not None, says how much of a group's matrices is selected."""
+
     def __init__(self, params: ParamsT, defaults: Group) -> None:
         defaults = defaults | self._unfolded(defaults)
         if not isinstance(params, Tensor):
             params = list(params)  # type: ignore[assignment]
-            given = [group["rank"] for group in params if isinstance(group, dict) and "rank" in group]
-            if given and defaults["rank"] not in (DEFAULT_RANK, *given):
-                raise ValueError(f"rank={defaults['rank']!r} applies to no group: the projected ones set their own")
-            if given:
-                defaults["rank"] = None  # as in galore-torch: then groups without one are dense
+            asked = [group for group in params if isinstance(group, dict) and not group.keys().isdisjoint(self.shares)]
+            for key in self.shares if asked else ():
+                if defaults[key] not in (None, DEFAULT_RANK, *(group.get(key) for group in asked)):
+                    raise ValueError(f"{key}={defaults[key]!r} applies to no group: the projected ones set their own")
+                defaults[key] = None  # as in galore-torch: then groups without one are dense
         super().__init__(params, defaults)
-        if not any(self._is_projected(p, group) for _, p, group in self._named()):
+        if not any(self._is_chosen(p, group) for _, p, group in self._named()):
             raise ValueError(
                 "no parameter can be projected: a rank needs a non-empty parameter of two or more dimensions "
                 f"(flat partitions have lost theirs); got shapes {[tuple(p.shape) for _, p, _ in self._named()][:4]}"
@@ -149,20 +152,21 @@ class ProjectedOptimizer(Optimizer):
                     raise ValueError(f"proj_type must be one of {', '.join(PROJ_TYPES)}, got {proj_type!r}")
                 if param_group.setdefault("side", PROJ_TYPES[proj_type]) != PROJ_TYPES[proj_type]:
                     raise ValueError(f"proj_type={proj_type!r} contradicts side={param_group['side']!r}")
-            self._check_explicit_rank(param_group)
+            self._check_explicit_share(param_group)
         super().add_param_group(param_group)
         self._report_clamped(self.param_groups[-1])
 
-    def _check_explicit_rank(self, param_group: Group) -> None:
-        if param_group.get("rank") is None or isinstance(param_group["params"], Tensor | set):
+    def _check_explicit_share(self, param_group: Group) -> None:
+        key = next((key for key in self.shares if param_group.get(key) is not None), None)
+        if key is None or isinstance(param_group["params"], Tensor | set):
             return
         param_group["params"] = list(param_group["params"])
         tensors = [p[1] if isinstance(p, tuple) else p for p in param_group["params"]]
         group = self.defaults | param_group
         self._check(group)
-        if not any(isinstance(p, Tensor) and self._is_projected(p, group) for p in tensors):
+        if not any(isinstance(p, Tensor) and self._is_chosen(p, group) for p in tensors):
             raise ValueError(
-                f"rank={group['rank']!r} is set for a group without a non-empty parameter of two or more dimensions "
+                f"{key}={group[key]!r} is set for a group without a non-empty parameter of two or more dimensions "
                 f"(beside batch_dims={group['batch_dims']}); leave it out there"
             )
 
@@ -191,7 +195,7 @@ class ProjectedOptimizer(Optimizer):
         if not isinstance(group["rank"], int):
             return
         views = [self._view(p, group) for p in group["params"] if self._is_projected(p, group)]
-        clamped = [view for view in views if group["rank"] > min(view.d, view.k)]
+        clamped = [view for view in views if group["rank"] > self._projection(group).rank_of(view.d, view.k)]
         if clamped:
             warnings.warn(
                 f"rank {group['rank']} is above the smaller side of {len(clamped)} of {len(views)} matrices, such as "
@@ -199,8 +203,17 @@ class ProjectedOptimizer(Optimizer):
                 stacklevel=2,
             )
 
+    def _is_chosen(self, p: Tensor, group: Group) -> bool:
+        """Whether the group wants this parameter's state compressed, and its shape allows it."""
+        return (
+            any(group[key] is not None for key in self.shares)
+            and p.ndim >= group["batch_dims"] + 2
+            and p.numel() > 0
+        )
+
     def _is_projected(self, p: Tensor, group: Group) -> bool:
-        return group["rank"] is not None and p.ndim >= group["batch_dims"] + 2 and p.numel() > 0
+        """Whether it has a basis."""
+        return self._is_chosen(p, group)
 
     def _projection(self, group: Group) -> Projection:
         known = self.projections[group["projection"]]
@@ -213,20 +226,27 @@ class ProjectedOptimizer(Optimizer):
         """A table of what every parameter gets: its shape, how it is compressed, and the bytes of its state."""
         rows, total = [], 0
         for name, p, group in self._named():
-            how = "dense"
-            if self._is_projected(p, group):
-                projection, view = self._projection(group), self._view(p, group)
-                side = "right" if view.transposed else "left"
-                how = f"{group['projection']}, {side}: {projection.rank_of(view.d, view.k)} of {view.d}"
-            spec = self._spec(p, group) | {"step": ((), torch.float32)}
-            size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in spec.values())
-            rows.append((name, shape_text(tuple(p.shape)), how, f"{size:,} B"))
+            held = self._held(p, group).values()
+            size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in held)
+            rows.append((name, shape_text(tuple(p.shape)), self._how(p, group), f"{size:,} B"))
             total += size
         return f"{table(rows)}\nstate in total: {total:,} B"
 
+    def _held(self, p: Tensor, group: Group) -> Spec:
+        """The tensors that the state consists of now, or after a first step."""
+        return self._spec(p, group) | {"step": ((), torch.float32)}
+
+    def _how(self, p: Tensor, group: Group) -> str:
+        """How a parameter's state is compressed."""
+        if not self._is_projected(p, group):
+            return "dense"
+        projection, view = self._projection(group), self._view(p, group)
+        side = "right" if view.transposed else "left"
+        return f"{group['projection']}, {side}: {projection.rank_of(view.d, view.k)} of {view.d}"
+
     def __repr__(self) -> str:
         everything = list(self._named())
-        projected = sum(self._is_projected(p, group) for _, p, group in everything)
+        projected = sum(self._is_chosen(p, group) for _, p, group in everything)
         return (
             f"{super().__repr__()}\n{projected} of {len(everything)} parameters are projected, every matrix of a group "
             "with a rank (embeddings too); see report()"
@@ -251,11 +271,11 @@ class ProjectedOptimizer(Optimizer):
 
     def _step_group(self, group: Group, params: list[Tensor]) -> None:
         self._dense_step_([p for p in params if not self._is_projected(p, group)], group)
-        if group["rank"] is None:
+        eligible = [p for p in group["params"] if self._is_projected(p, group)]
+        if not eligible:
             return
         projection = self._projection(group)
         matrices = []
-        eligible = [p for p in group["params"] if self._is_projected(p, group)]
         for place, p in enumerate(eligible):
             if p.grad is None:
                 continue

@@ -119,7 +119,8 @@ class Coordinates(IndexProjection):
         """W <- beta W + alpha Q U, in place and without a temporary of W's size."""
         rows = self.take(p, view, basis).mul_(beta).add_(u, alpha=alpha)
         if beta != 1:
-            rewrite_(p, view, lambda w, j, s: w.mul_(beta), u.dtype, rounding, whole=True)
+            plain = matrix_view(view.shape, "left", view.batch_dims)
+            rewrite_(p, plain, lambda w, j, s: w.mul_(beta), u.dtype, rounding, whole=True)
         self.put_(p, view, basis, rows, rounding)
 
     def _places(self, p: Tensor, view: MatrixView, basis: Tensor) -> Iterator[tuple[Tensor, tuple[Any, ...]]]:

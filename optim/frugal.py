@@ -1,0 +1,386 @@
+"""FRUGAL. Zmushko et al., 2024. https://arxiv.org/abs/2411.07837"""
+
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from slimstate.ops import counter_key
+from slimstate.projections import SVD, Coordinates, MatrixView, PowerIteration, Projection, RandomOrthogonal, matrix_view
+from slimstate.projections._base import compute_dtype, rewrite_
+
+from ._adam import check_adam, is_number, weight_rounding
+from ._base import Group, Spec, refuse
+from ._projected import Matrix, ProjectedOptimizer
+from ._rules import RULES, directions, rule_spec, whole_step_
+
+__all__ = ["FRUGAL"]
+
+DEFAULT_DENSITY = 0.25
+OUTER = ("sign", "sgd", "none")
+ORDERS = ("random", "ascending", "descending", "mirror")
+NOISE = 8  # roundings of float32: no more is left outside of a gradient that the subspace holds whole
+
+
+class FRUGAL(ProjectedOptimizer):
+    r"""An optimizer with state in a small subspace that keeps changing, and one without state in the rest.
+
+    Every `update_proj_gap` steps a new subspace Q is selected and the moments in it start afresh. In each step, with
+    :math:`P = Q Q^\top` and, by default, U from AdamW and the sign outside,
+
+    .. math::
+        R_t &= Q^\top G_t, \qquad U_t = \text{inner}(R_t) \\
+        W_t &= (1-\eta\lambda) W_{t-1} - \eta\, s\, Q U_t - \eta\, s\, c\; \text{outer}(G_t - P G_t).
+
+    So every weight moves in every step, with a fraction of AdamW's state. `inner` is AdamW, Lion
+    (:math:`U = \mathrm{sign}(\beta_1 M + (1-\beta_1) R)`, then :math:`M \leftarrow \beta_2 M + (1-\beta_2) R`) or SGD
+    with momentum (:math:`U = M \leftarrow \beta_1 M + R`); `outer` is sign, SGD (the identity) or nothing.
+
+    What is selected, `projection`:
+
+    - `columns` (default, the paper's code), `rows` or `entries`, at random: Q is made of unit vectors, the split is
+      exact, and nothing is multiplied;
+    - `svd`, `power` or `random`: a dense basis of the compressed side, as in GaLoreAdamW;
+    - `blocks`: whole tensors have state, the others none, in the `order` given.
+
+    State of an m x n matrix with AdamW inside: columns :math:`2 m c` elements and c int32 indices,
+    :math:`c = \max(1, \lfloor \rho n \rfloor)` (rows alike); entries 2 c and c indices; dense bases
+    2 max(m,n) r + min(m,n) r; blocks 2 m n for selected tensors, which are
+    :math:`\max(1, \lfloor \rho N \rfloor)` of N. Lion and SGD keep one moment instead of two. Density 1 is the inner
+    rule on the whole matrix, exactly and with no refresh; density 0 is the outer rule alone, without state.
+
+    Which matrices are split: those of two or more dimensions in groups with a `density` or a `rank`. If any group given
+    here sets one, groups without are state-full; if none does, the default applies to every matrix, embeddings too.
+    `slimstate.optim.param_groups(model, rank=0.25)` makes the usual choice: embeddings, norms and the output head get
+    the inner rule on all of their weights, which the paper finds to matter for the head.
+
+    Where this differs from the authors' code: random choices are counter-based and sorted; a selection holds at least
+    one index; a selection of everything is never refreshed; with a dense basis, what is only rounding noise outside gets
+    no sign; momentum starts at zero (theirs starts at the weights) and decay is always decoupled.
+
+    Args:
+        params: parameters, named parameters, or groups.
+        lr: learning rate :math:`\eta`. The paper uses 1e-3 for pretraining.
+        betas: decay rates of AdamW's moments, or of Lion's (whose paper takes (0.9, 0.99)); the first is the momentum
+            of `sgdm`. Default (0.9, 0.999), as in torch.optim.AdamW and the paper.
+        eps: :math:`\epsilon` of AdamW. Default 1e-8, as in torch.optim.AdamW and the paper.
+        weight_decay: decoupled weight decay :math:`\lambda`. Default 0.01, as in torch.optim.AdamW and the code.
+        density: :math:`\rho` in [0, 1], the share of columns, rows, entries, of the compressed side, or of the tensors.
+            Default 0.25, the paper's, unless `rank` is given.
+        rank: the same as a count (int >= 1) or a share (float in (0, 1]). Exclusive with `density`.
+        update_proj_gap: steps between two selections, staggered over the group's matrices except for `blocks`. Default
+            200, the paper's.
+        scale: s, the step of the split matrices relative to `lr`. Default 1, the paper's (0.3 for 7B).
+        projection: what is selected, see above; or an object of `slimstate.projections`.
+        contiguous: select one run of neighbouring columns, rows or entries, which is faster in memory.
+        order: of `blocks`: `random` draws tensors anew each time; `ascending` and `descending` take turns through the
+            list; `mirror` goes up and down. Default `random`, the code's; the paper's pretraining uses `descending`.
+        side: which side dense bases compress, as in GaLoreAdamW.
+        batch_dims: how many leading axes of a parameter count matrices (1 for stacked experts).
+        inner: `adamw` (default), `lion` or `sgdm`, the rule with state; also of everything that is not split.
+        outer: `sign` (default), `sgd` or `none`, the rule without.
+        outer_scale: c, the step outside relative to inside. Default 1, the paper's for pretraining (0.1 on GLUE).
+        maximize: ascend instead.
+        moment_dtype: `float32`, `bfloat16` (rounded stochastically) or `param` (the parameter's); None means float32,
+            and float64 for float64 parameters.
+        stochastic_rounding: of weights in bfloat16 and float16; None means on.
+        seed: of the selections and of the rounding.
+        torch_keywords: `foreach`, `fused`, `capturable`, `differentiable` and `amsgrad`, where they change nothing.
+
+    Raises:
+        ValueError: for a value out of range, `density` beside `rank`, an option that its projection does not have, an
+            unknown group key, a torch keyword that is not supported, or a density where nothing can be split.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(16, 8)
+        >>> optimizer = FRUGAL(model.parameters(), lr=1e-3, density=0.25)
+        >>> _ = optimizer.step(lambda: model(torch.ones(1, 16)).square().sum().backward())
+        >>> tuple(optimizer.state[model.weight]["exp_avg"].shape), tuple(optimizer.state[model.weight]["index"].shape)
+        ((4, 8), (4,))
+    """
+
+    projections: ClassVar[dict[str, Projection]] = {
+        "columns": Coordinates(axis="columns"),
+        "rows": Coordinates(axis="rows"),
+        "entries": Coordinates(axis="entries"),
+        "svd": SVD(),
+        "power": PowerIteration(),
+        "random": RandomOrthogonal(),
+        "blocks": Coordinates(axis="rows"),  # of the list of tensors
+    }
+    transports: ClassVar[tuple[str, ...]] = ("reset",)
+    shares: ClassVar[tuple[str, ...]] = ("density", "rank")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        density: float | None = None,
+        rank: int | float | None = None,
+        update_proj_gap: int = 200,
+        scale: float = 1.0,
+        projection: str | Projection = "columns",
+        contiguous: bool = False,
+        order: str = "random",
+        side: str = "auto",
+        batch_dims: int = 0,
+        inner: str = "adamw",
+        outer: str = "sign",
+        outer_scale: float = 1.0,
+        maximize: bool = False,
+        moment_dtype: str | torch.dtype | None = None,
+        stochastic_rounding: bool | None = None,
+        seed: int = 0,
+        **torch_keywords: Any,
+    ) -> None:
+        refuse("FRUGAL", torch_keywords)
+        if isinstance(projection, Projection):
+            if density is not None:
+                raise ValueError(f"density={density!r} contradicts projection={projection!r}, which has a rank")
+            rank = projection.rank if rank is None else rank
+        elif density is None and rank is None:
+            density = DEFAULT_DENSITY
+        defaults = dict(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            density=density,
+            rank=rank,
+            update_proj_gap=update_proj_gap,
+            scale=scale,
+            projection=projection,
+            contiguous=contiguous,
+            order=order,
+            side=side,
+            batch_dims=batch_dims,
+            transport="reset",
+            inner=inner,
+            outer=outer,
+            outer_scale=outer_scale,
+            maximize=maximize,
+            moment_dtype=moment_dtype,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
+        )
+        super().__init__(params, defaults)
+
+    # Groups.
+
+    def add_param_group(self, param_group: Group) -> None:
+        """As `ProjectedOptimizer.add_param_group`; a group's own `density` or `rank` replaces either default."""
+        if isinstance(param_group, dict) and (own := param_group.keys() & set(self.shares)):
+            param_group = dict.fromkeys(self.shares) | param_group if len(own) == 1 else param_group
+        super().add_param_group(param_group)
+
+    def _check(self, group: Group) -> None:
+        super()._check(group)
+        if any(group[key] is not None for key in self.shares):
+            self._projection(group)  # raises where the projection does not have what the group says of it
+
+    def _check_rule(self, group: Group) -> None:
+        check_adam(group)
+        for key, allowed in (("inner", RULES), ("outer", OUTER), ("order", ORDERS)):
+            if group[key] not in allowed:
+                raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {group[key]!r}")
+        density = group["density"]
+        if density is not None:
+            if not is_number(density) or not 0 <= density <= 1:
+                raise ValueError(f"density must be a number in [0, 1], got {density!r}")
+            if group["rank"] is not None:
+                raise ValueError(f"density={density!r} and rank={group['rank']!r} say the same: give one of them")
+            group["density"] = float(density)
+        for key in ("scale", "outer_scale"):
+            if not is_number(group[key]) or not group[key] > 0:
+                raise ValueError(f"{key} must be a number > 0, got {group[key]!r}")
+            group[key] = float(group[key])
+        if not isinstance(group["contiguous"], bool):
+            raise ValueError(f"contiguous must be True or False, got {group['contiguous']!r}")
+        blocks = group["projection"] == "blocks"
+        coordinates = isinstance(self.projections.get(group["projection"]), Coordinates) and not blocks
+        if group["contiguous"] and not coordinates:
+            raise ValueError(f"contiguous=True needs projection columns, rows or entries, got {group['projection']!r}")
+        if group["order"] != "random" and not blocks:
+            raise ValueError(f"order={group['order']!r} needs projection='blocks', got {group['projection']!r}")
+        if group["side"] != "auto" and (coordinates or blocks):
+            raise ValueError(f"side={group['side']!r} means nothing for projection={group['projection']!r}")
+
+    def _projection(self, group: Group) -> Projection:
+        share = group["density"] if group["rank"] is None else group["rank"]
+        return super()._projection(group | {"rank": share or 1.0})
+
+    def _is_projected(self, p: Tensor, group: Group) -> bool:
+        """Whether it is split: chosen, and neither all of it nor nothing is selected."""
+        return self._is_chosen(p, group) and group["projection"] != "blocks" and 0 < self._selected(p, group) < 1
+
+    def _selected(self, p: Tensor, group: Group) -> float:
+        """The share of a chosen matrix that is selected."""
+        if group["density"] == 0:
+            return 0.0
+        view = self._view(p, group)
+        return self._projection(group).rank_of(view.d, view.k) / view.d
+
+    def _report_clamped(self, group: Group) -> None:
+        if group["projection"] != "blocks":
+            super()._report_clamped(group)
+
+    def _how(self, p: Tensor, group: Group) -> str:
+        if not self._is_chosen(p, group):
+            return group["inner"]
+        if group["projection"] == "blocks":
+            tensors = [q for q in group["params"] if self._is_chosen(q, group)]
+            return f"blocks: {self._count(group, len(tensors))} of {len(tensors)} tensors"
+        if group["density"] == 0:
+            return f"no state, {group['outer']}"
+        return super()._how(p, group) if self._is_projected(p, group) else f"{group['inner']}, all selected"
+
+    # State.
+
+    def _moments_spec(self, p: Tensor, group: Group, shape: tuple[int, ...]) -> Spec:
+        return rule_spec(p, group, shape)
+
+    def _spec(self, p: Tensor, group: Group) -> Spec:
+        if not self._is_chosen(p, group) or self._is_projected(p, group):
+            return super()._spec(p, group)
+        if group["projection"] == "blocks":
+            return rule_spec(p, group, tuple(p.shape)) | {"age": ((), torch.int32)}
+        return {} if group["density"] == 0 else rule_spec(p, group, tuple(p.shape))
+
+    def _held(self, p: Tensor, group: Group) -> Spec:
+        spec = super()._held(p, group)
+        if (passing := self._passing(p, group)) and not self._turn(p, group, int(self.state.get(p, {}).get("step", 1)))[0]:
+            return {key: entry for key, entry in spec.items() if key not in passing}
+        return spec
+
+    def _passing(self, p: Tensor, group: Group) -> frozenset[str]:
+        if self._is_chosen(p, group) and group["projection"] == "blocks":
+            return frozenset(rule_spec(p, group, ()))
+        return frozenset()
+
+    # Steps.
+
+    def _dense_step_(self, params: list[Tensor], group: Group) -> None:
+        chosen = [p for p in params if self._is_chosen(p, group)]
+        whole_step_(self, [p for p in params if not self._is_chosen(p, group)], group)
+        if group["projection"] == "blocks":
+            selected, others = self._take_turns_(group)
+            whole_step_(self, selected, group, scale=group["scale"], clock="age")
+        else:
+            selected, others = ([], chosen) if group["density"] == 0 else (chosen, [])
+            whole_step_(self, selected, group, scale=group["scale"])
+        for p in others:
+            self._outer_step_(p, group)
+
+    def _take_turns_(self, group: Group) -> tuple[list[Tensor], list[Tensor]]:
+        """Gives moments to the tensors whose turn it is, takes them from the others, and returns both."""
+        selected, others = [], []
+        for p in group["params"]:
+            if p.grad is None or not self._is_chosen(p, group):
+                continue
+            state, moments = self.state[p], rule_spec(p, group, tuple(p.shape))
+            turn, fresh = self._turn(p, group, int(state["step"]))
+            (selected if turn else others).append(p)
+            if not turn:
+                for key in moments:
+                    state.pop(key, None)
+                continue
+            if fresh or not moments.keys() <= state.keys():
+                state["age"].zero_()
+                for key, (shape, dtype) in moments.items():
+                    state[key] = torch.zeros(shape, dtype=dtype, device=p.device)
+            state["age"] += 1
+        return selected, others
+
+    def _turn(self, p: Tensor, group: Group, step: int) -> tuple[bool, bool]:
+        """Whether a tensor has moments in this step of its own, and whether a selection was just made."""
+        tensors = [q for q in group["params"] if self._is_chosen(q, group)]
+        place = next(i for i, q in enumerate(tensors) if q is p)
+        count = self._count(group, len(tensors))
+        interval, since = divmod(step - 1, group["update_proj_gap"])
+        turn = place in _turn(len(tensors), count, group["order"], group["seed"], interval)
+        return turn, since == 0 and count < len(tensors)
+
+    def _count(self, group: Group, tensors: int) -> int:
+        """How many of so many tensors are selected at a time."""
+        return 0 if group["density"] == 0 else self._projection(group).rank_of(tensors, tensors)
+
+    def _update(self, matrices: list[Matrix], group: Group, projection: Projection) -> None:
+        lr = float(group["lr"])
+        rs = [projection.down(x.m, x.state[projection.key]) for x in matrices]
+        us = directions(self, [x.p for x in matrices], rs, group, [x.age for x in matrices])
+        for x, r, u in zip(matrices, rs, us, strict=True):
+            basis, rounding = x.state[projection.key], weight_rounding(self, x.p, group)
+            decay, step = 1 - lr * group["weight_decay"], lr * group["scale"]
+            if group["outer"] == "none":
+                projection.write_back_(x.p, x.view, basis, u, alpha=step, beta=decay, rounding=rounding)
+            elif isinstance(projection, Coordinates):  # the selected rows go around the step of everything else
+                rows = projection.take(x.p, x.view, basis).mul_(decay).add_(u, alpha=step)
+                self._outer_step_(x.p, group)
+                projection.put_(x.p, x.view, basis, rows, rounding)
+            else:
+                self._split_step_(x, basis, r, u, group)
+
+    def _outer_step_(self, p: Tensor, group: Group) -> None:
+        """W <- (1 - lr wd) W - lr s c outer(G)."""
+        lr = float(group["lr"])
+        step = lr * group["scale"] * group["outer_scale"] * (-1 if group["maximize"] else 1)
+        view = matrix_view(tuple(p.shape), "left", group["batch_dims"])
+        assert p.grad is not None
+        gradients = view.members(p.grad)
+
+        def edit(w: Tensor, j: int, s: slice) -> None:
+            w.mul_(1 - lr * group["weight_decay"])
+            if group["outer"] != "none":
+                g = gradients[j][s].to(w.dtype).reshape(w.shape)
+                w.add_(g.sign() if group["outer"] == "sign" else g, alpha=-step)
+
+        rewrite_(p, view, edit, compute_dtype(p.dtype), weight_rounding(self, p, group))
+
+    def _split_step_(self, x: Matrix, basis: Tensor, r: Tensor, u: Tensor, group: Group) -> None:
+        """W <- (1 - lr wd) W + lr s Q U - lr s c outer(G - Q R), for a dense basis."""
+        lr, view = float(group["lr"]), x.view
+        step = lr * group["scale"]
+        outside = step * group["outer_scale"] * (-1 if group["maximize"] else 1)
+        assert x.p.grad is not None
+        gradients = view.members(x.p.grad)
+        noise = NOISE * torch.finfo(r.dtype).eps * torch.linalg.vector_norm(r, dim=-2)
+
+        def edit(w: Tensor, j: int, s: slice) -> None:
+            left, right, inside = _as_stored(view, x.member(basis, j), x.member(r, j), x.member(u, j), s)
+            f = gradients[j][s].to(w.dtype).reshape(w.shape) - inside
+            if group["outer"] == "sign":
+                limit = x.member(noise, j)
+                f = f.masked_fill_(f.abs() <= (limit[s, None] if view.transposed else limit), 0).sign_()
+            w.addmm_(left, right, beta=1 - lr * group["weight_decay"], alpha=step).add_(f, alpha=-outside)
+
+        rewrite_(x.p, view, edit, r.dtype, weight_rounding(self, x.p, group))
+
+
+def _as_stored(view: MatrixView, q: Tensor, r: Tensor, u: Tensor, s: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows `s` of W as it is stored: the factors of Q U, and Q R."""
+    if view.transposed:
+        return u.mT[s], q.mT, r.mT[s] @ q.mT
+    return q[s], u, q[s] @ r
+
+
+@lru_cache(maxsize=1024)
+def _turn(tensors: int, count: int, order: str, seed: int, interval: int) -> frozenset[int]:
+    """Which `count` of so many tensors have state in this interval."""
+    match order:
+        case "random":
+            generator = torch.Generator().manual_seed(counter_key(seed, interval))
+            return frozenset(torch.randperm(tensors, generator=generator)[:count].tolist())
+        case "mirror":
+            runs = max(1, -(-tensors // max(1, count)))
+            place = interval % max(1, 2 * runs - 2)
+            start = min(min(place, 2 * runs - 2 - place) * count, tensors - count)
+            return frozenset(range(start, start + count))
+    places = {(interval * count + j) % tensors for j in range(count)}
+    return frozenset(tensors - 1 - place for place in places) if order == "descending" else frozenset(places)
