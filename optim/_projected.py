@@ -194,21 +194,19 @@ class ProjectedOptimizer(Optimizer):
     def _report_clamped(self, group: Group) -> None:
         if not isinstance(group["rank"], int):
             return
-        views = [self._view(p, group) for p in group["params"] if self._is_projected(p, group)]
+        views = [self._view(p, group) for p in group["params"] if self._is_chosen(p, group)]
         clamped = [view for view in views if group["rank"] > self._projection(group).rank_of(view.d, view.k)]
         if clamped:
             warnings.warn(
                 f"rank {group['rank']} is above the smaller side of {len(clamped)} of {len(views)} matrices, such as "
-                f"{clamped[0].shape}, and is clamped to it there: these get AdamW in a rotated basis, and save nothing",
+                f"{clamped[0].shape}, and is clamped to it there: nothing is saved",
                 stacklevel=2,
             )
 
     def _is_chosen(self, p: Tensor, group: Group) -> bool:
         """Whether the group wants this parameter's state compressed, and its shape allows it."""
         return (
-            any(group[key] is not None for key in self.shares)
-            and p.ndim >= group["batch_dims"] + 2
-            and p.numel() > 0
+            any(group[key] is not None for key in self.shares) and p.ndim >= group["batch_dims"] + 2 and p.numel() > 0
         )
 
     def _is_projected(self, p: Tensor, group: Group) -> bool:

@@ -8,7 +8,15 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from slimstate.ops import counter_key
-from slimstate.projections import SVD, Coordinates, MatrixView, PowerIteration, Projection, RandomOrthogonal, matrix_view
+from slimstate.projections import (
+    SVD,
+    Coordinates,
+    MatrixView,
+    PowerIteration,
+    Projection,
+    RandomOrthogonal,
+    matrix_view,
+)
 from slimstate.projections._base import compute_dtype, rewrite_
 
 from ._adam import check_adam, is_number, weight_rounding
@@ -57,8 +65,8 @@ class FRUGAL(ProjectedOptimizer):
     the inner rule on all of their weights, which the paper finds to matter for the head.
 
     Where this differs from the authors' code: random choices are counter-based and sorted; a selection holds at least
-    one index; a selection of everything is never refreshed; with a dense basis, what is only rounding noise outside gets
-    no sign; momentum starts at zero (theirs starts at the weights) and decay is always decoupled.
+    one index; a selection of everything is never refreshed; with a dense basis, rounding noise outside gets no sign;
+    momentum starts at zero (theirs starts at the weights) and decay is always decoupled.
 
     Args:
         params: parameters, named parameters, or groups.
@@ -255,7 +263,9 @@ class FRUGAL(ProjectedOptimizer):
 
     def _held(self, p: Tensor, group: Group) -> Spec:
         spec = super()._held(p, group)
-        if (passing := self._passing(p, group)) and not self._turn(p, group, int(self.state.get(p, {}).get("step", 1)))[0]:
+        if (passing := self._passing(p, group)) and not self._turn(p, group, int(self.state.get(p, {}).get("step", 1)))[
+            0
+        ]:
             return {key: entry for key, entry in spec.items() if key not in passing}
         return spec
 
@@ -280,7 +290,8 @@ class FRUGAL(ProjectedOptimizer):
 
     def _take_turns_(self, group: Group) -> tuple[list[Tensor], list[Tensor]]:
         """Gives moments to the tensors whose turn it is, takes them from the others, and returns both."""
-        selected, others = [], []
+        selected: list[Tensor] = []
+        others: list[Tensor] = []
         for p in group["params"]:
             if p.grad is None or not self._is_chosen(p, group):
                 continue

@@ -73,8 +73,10 @@ def frugal(meta, tensors, params, monkeypatch):
     )
     for choice in meta.get("inject", ()):
         if choice == "active":
-            turns = [frozenset(row.nonzero().flatten().tolist()) for row in tensors["active"]]
-            monkeypatch.setattr("slimstate.optim.frugal._turn", lambda *args: turns[args[-1]])
+            active = tensors["active"]
+            monkeypatch.setattr(
+                "slimstate.optim.frugal._turn", lambda *args: set(active[args[-1]].nonzero()[:, 0].tolist())
+            )
         else:
             known = optimizer.projections[projection]
             optimizer.projections = {projection: given(known, tensors[choice])}
