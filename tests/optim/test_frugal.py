@@ -232,9 +232,9 @@ def test_rounding_noise_outside_a_dense_basis_gets_no_sign(projection):
 def test_the_sign_outside_does_not_see_the_gradients_scale(scale, projection):
     a, b = parameters((6, 8)), parameters((6, 8))
     grads = torch.randn(5, 6, 8)
-    for params, given in ((a, grads), (b, scale * grads)):
+    for params, taken in ((a, grads), (b, scale * grads)):
         optimizer = FRUGAL(params, lr=0.01, density=0.3, projection=projection, update_proj_gap=2, eps=0.0)
-        run(optimizer, params, 5, grads=lambda t, p, given=given: given[t])
+        run(optimizer, params, 5, grads=lambda t, p, taken=taken: taken[t])
     torch.testing.assert_close(a[0], b[0], rtol=1e-5, atol=1e-6)
 
 

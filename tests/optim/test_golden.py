@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,10 @@ def load(case):
 FRUGAL_NAMES = {"randk": "entries", "block": "blocks", "sgd": "sgdm", "sign_sgd": "sign", "no": "none"}
 
 
+def nth_turn(active, tensors, count, order, seed, interval):
+    return set(active[interval].nonzero().flatten().tolist())
+
+
 def frugal(meta, tensors, params, monkeypatch):
     hp = meta["hp"]
     projection, inner, outer = (FRUGAL_NAMES.get(hp[key], hp[key]) for key in ("kind", "core", "rule"))
@@ -73,10 +78,7 @@ def frugal(meta, tensors, params, monkeypatch):
     )
     for choice in meta.get("inject", ()):
         if choice == "active":
-            active = tensors["active"]
-            monkeypatch.setattr(
-                "slimstate.optim.frugal._turn", lambda *args: set(active[args[-1]].nonzero()[:, 0].tolist())
-            )
+            monkeypatch.setattr("slimstate.optim.frugal._turn", partial(nth_turn, tensors["active"]))
         else:
             known = optimizer.projections[projection]
             optimizer.projections = {projection: given(known, tensors[choice])}
