@@ -6,6 +6,7 @@ if __name__ != "slimstate.optim":
         "and import slimstate.optim"
     )
 
+from .adafactor import GaLoreAdafactor
 from .adamp import SGDP, AdamP
 from .adamw import AdamW
 from .frugal import FRUGAL
@@ -13,4 +14,14 @@ from .galore import GaLoreAdamW
 from .groups import ParamGroups, param_groups
 from .memory import state_bytes
 
-__all__ = ["FRUGAL", "SGDP", "AdamP", "AdamW", "GaLoreAdamW", "ParamGroups", "param_groups", "state_bytes"]
+__all__ = [
+    "FRUGAL",
+    "SGDP",
+    "AdamP",
+    "AdamW",
+    "GaLoreAdafactor",
+    "GaLoreAdamW",
+    "ParamGroups",
+    "param_groups",
+    "state_bytes",
+]

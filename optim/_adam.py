@@ -17,7 +17,10 @@ __all__ = [
     "adam_directions",
     "adamw_step_",
     "check_adam",
+    "check_lr",
+    "check_not_negative",
     "check_shared",
+    "check_storage",
     "is_number",
     "moment_dtype",
     "moments_spec",
@@ -47,11 +50,18 @@ def check_adam(group: Group) -> None:
 
 
 def check_shared(group: Group) -> None:
-    """Checks the hyperparameters that every optimizer here has.
+    """Checks the hyperparameters that every optimizer here has, and eps.
 
     Raises:
         ValueError: names the argument, its value and what is allowed.
     """
+    check_lr(group)
+    check_not_negative(group, "eps", "weight_decay")
+    check_storage(group)
+
+
+def check_lr(group: Group) -> None:
+    """Checks the learning rate."""
     lr = group["lr"]
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
@@ -60,10 +70,18 @@ def check_shared(group: Group) -> None:
         raise ValueError(f"lr must be a number >= 0 or a 1-element Tensor, got {lr!r}")
     else:
         group["lr"] = float(lr)  # a number of numpy's would not load with weights_only=True; so for all others
-    for key in ("eps", "weight_decay"):
+
+
+def check_not_negative(group: Group, *keys: str) -> None:
+    """Checks numbers >= 0."""
+    for key in keys:
         if not is_number(group[key]) or not group[key] >= 0:
             raise ValueError(f"{key} must be a number >= 0, got {group[key]!r}")
         group[key] = float(group[key])
+
+
+def check_storage(group: Group) -> None:
+    """Checks how moments and weights are kept."""
     if isinstance(group["moment_dtype"], torch.dtype):
         group["moment_dtype"] = str(group["moment_dtype"]).removeprefix("torch.")
     if group["moment_dtype"] not in (None, *MOMENT_DTYPES):
@@ -210,11 +228,11 @@ def adam_directions(
     return us
 
 
-def weight_rounding(optimizer: Optimizer, p: Tensor, group: Group) -> int | None:
+def weight_rounding(optimizer: Optimizer, p: Tensor, group: Group, purpose: int = WEIGHT) -> int | None:
     """The key of this step's stochastic rounding of the weight; None where it is not rounded, or to nearest."""
     if p.dtype not in LOW_PRECISION or group["stochastic_rounding"] is False:
         return None
-    return optimizer._draw(p, group, WEIGHT)
+    return optimizer._draw(p, group, purpose)
 
 
 def store_(target: Tensor, value: Tensor, key: int | None, offset: int = 0) -> None:

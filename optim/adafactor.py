@@ -1,0 +1,364 @@
+"""GaLore with Adafactor in the subspace. Zhao et al., 2024. https://arxiv.org/abs/2403.03507, after Shazeer and Stern,
+2018. https://arxiv.org/abs/1804.04235"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from slimstate.projections import MatrixView, Projection, matrix_view
+from slimstate.projections._base import compute_dtype, rewrite_
+from slimstate.projections._blocks import blocks
+
+from ._adam import (
+    EXP_AVG,
+    check_lr,
+    check_not_negative,
+    check_storage,
+    is_number,
+    moment_dtype,
+    store_,
+    weight_rounding,
+)
+from ._base import Group, Spec, refuse
+from ._projected import DEFAULT_RANK, ROTATED_EXP_AVG, Matrix, ProjectedOptimizer
+
+__all__ = ["GaLoreAdafactor"]
+
+DECAY = 5  # purpose of random bits: a weight that decays in a pass of its own; after `_projected`'s
+
+
+class GaLoreAdafactor(ProjectedOptimizer):
+    r"""Adafactor in a low-rank subspace that follows the gradient: of the second moment only sums over rows and columns
+    are kept, and of the first one nothing, unless `beta1` is set.
+
+    Every `update_proj_gap` steps the basis Q (d x r) is fitted to the gradient and the statistics are carried over. In
+    each step, with G (d x k) seen so that its compressed axis comes first, and with t the age of the statistics,
+
+    .. math::
+        R_t &= Q^\top G_t, \qquad \rho_t = 1 - t^{c}, \qquad
+        \operatorname{RMS}(X) = \|X\|_F / \sqrt{\text{number of entries}} \\
+        a_t &= \rho_t\, a_{t-1} + (1-\rho_t) \operatorname{mean}_\text{columns}(R_t^2 + \epsilon_1), \qquad
+        b_t = \rho_t\, b_{t-1} + (1-\rho_t) \operatorname{mean}_\text{rows}(R_t^2 + \epsilon_1) \\
+        U_t &= \frac{R_t}{\sqrt{a_t b_t^\top / \operatorname{mean}(a_t)}}, \qquad
+        \hat U_t = \frac{U_t}{\max(1, \operatorname{RMS}(U_t) / \kappa)}, \qquad
+        \eta_t = \eta\, \max(\epsilon_2, \operatorname{RMS}(W_{t-1})) \\
+        M_t &= \beta_1 M_{t-1} + (1-\beta_1)\, \eta_t \hat U_t
+               \quad (\text{without } \beta_1\text{: } M_t = \eta_t \hat U_t) \\
+        W_t &= (1-\eta_t\lambda) W_{t-1} - \alpha\, Q\, M_t.
+
+    State of an m x n matrix: min(m,n) r for the basis and r + max(m,n) for the statistics, and max(m,n) r more with
+    `beta1`; AdamW keeps 2 m n. What is not projected gets the same rule with Q = I, on dim 0 against the rest: m + n
+    elements, and m n more with `beta1`. A vector is a matrix of one column, for which a and b are exact: n + 1.
+
+    Which parameters are projected is decided as in `GaLoreAdamW`. The first moment averages steps and not gradients, as
+    in Adafactor's published code: a change of the learning rate takes about 1 / (1 - beta1) steps to arrive.
+
+    Where this differs from galore-torch 1.0: `relative_step` is on where no `lr` is given; statistics are rotated at a
+    refresh (`transport="keep"` is the published rule); tensors of more than two axes are factored as matrices, not
+    along their last two axes; RMS(W) and the clipping never wait for the device. What `GaLoreAdamW` does about bases
+    and about weights of low precision holds here too.
+
+    Args:
+        params: parameters, named parameters, or groups; groups of galore-torch work unchanged.
+        lr: learning rate :math:`\eta`, the factor of every step. Default None, as in galore-torch: it is then the
+            relative step :math:`\min(10^{-2}, 1/\sqrt t)`, t counting the steps of the parameter. Schedulers need a
+            number. galore-torch's script for pretraining gives one, with `scale_parameter=False`.
+        eps: :math:`(\epsilon_1, \epsilon_2)`. Default (1e-30, 1e-3), Adafactor's.
+        clip_threshold: :math:`\kappa`, the largest RMS of a step in the subspace before it is scaled; infinity never
+            clips. Default 1, Adafactor's.
+        decay_rate: c <= 0 of the statistics' decay. Default -0.8, Adafactor's.
+        beta1: decay rate of the first moment; None (or 0) keeps none. Default None, as in galore-torch; the paper runs
+            with a first moment.
+        weight_decay: decoupled weight decay :math:`\lambda`, times :math:`\eta_t`. Default 0, as in galore-torch.
+        scale_parameter: whether :math:`\eta_t` is relative to RMS(W); else it is :math:`\eta`. Default True, as in
+            galore-torch; its script for pretraining turns it off.
+        relative_step: None, the default, means where `lr` is None. True or False only check that this is meant.
+        warmup_init: start the relative step at :math:`10^{-6} t` instead of :math:`10^{-2}`. Default False.
+        rank: r as a count (int >= 1) or as a share of d (float in (0, 1]); clamped to the smaller side; None: dense.
+            Default 0.25, about what the paper takes (128 of 512 to 1024 of 4096).
+        update_proj_gap: steps between two refreshes of a matrix, staggered over the group's matrices. Default 200, the
+            paper's.
+        scale: :math:`\alpha`, the step in the subspace relative to :math:`\eta_t`. Default 0.25, the paper's for
+            pretraining.
+        projection: `svd`, `power` or `random`, or an object of `slimstate.projections`; see `GaLoreAdamW`.
+        side: `auto`, `left`, `right` or `reverse`, see `GaLoreAdamW`.
+        batch_dims: how many leading axes of a parameter count matrices (1 for stacked experts); each has its own
+            statistics, clipping and RMS.
+        transport: what becomes of the statistics at a refresh: `rotate` (default) carries them into the new basis,
+            `keep` leaves the numbers, `reset` forgets them and their age (in a stack of matrices those of all).
+        maximize: ascend instead.
+        moment_dtype: of the first moment: `float32`, `bfloat16` (rounded stochastically) or `param` (the parameter's);
+            None means float32, and float64 for float64 parameters. The statistics, few and of squares, are always so.
+        stochastic_rounding: of weights in bfloat16 and float16; None means on.
+        seed: of random bases and of the rounding.
+        torch_keywords: `foreach`, `fused`, `capturable`, `differentiable` and `amsgrad`, where they change nothing.
+
+    Raises:
+        ValueError: for a value out of range, `lr` together with `relative_step=True`, neither of them, `warmup_init`
+            with an `lr`, an unknown group key, a torch keyword that is not supported, or a rank where nothing can be
+            projected.
+        NotImplementedError: for galore-torch's `proj_type="full"` and `dim`.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(16, 8)
+        >>> optimizer = GaLoreAdafactor(model.parameters(), lr=0.01, scale_parameter=False, rank=4)
+        >>> _ = optimizer.step(lambda: model(torch.ones(1, 16)).square().sum().backward())
+        >>> {key: tuple(x.shape) for key, x in optimizer.state[model.weight].items() if "exp_avg" in key}
+        {'exp_avg_sq_row': (4,), 'exp_avg_sq_col': (16,)}
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor | None = None,
+        eps: tuple[float, float] = (1e-30, 1e-3),
+        clip_threshold: float = 1.0,
+        decay_rate: float = -0.8,
+        beta1: float | None = None,
+        weight_decay: float = 0.0,
+        scale_parameter: bool = True,
+        relative_step: bool | None = None,
+        warmup_init: bool = False,
+        *,
+        rank: int | float | None = DEFAULT_RANK,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        projection: str | Projection = "svd",
+        side: str = "auto",
+        batch_dims: int = 0,
+        transport: str = "rotate",
+        maximize: bool = False,
+        moment_dtype: str | torch.dtype | None = None,
+        stochastic_rounding: bool | None = None,
+        seed: int = 0,
+        **torch_keywords: Any,
+    ) -> None:
+        refuse("GaLoreAdafactor", torch_keywords)
+        defaults = dict(
+            lr=lr,
+            eps=eps,
+            clip_threshold=clip_threshold,
+            decay_rate=decay_rate,
+            beta1=beta1,
+            weight_decay=weight_decay,
+            scale_parameter=scale_parameter,
+            relative_step=relative_step,
+            warmup_init=warmup_init,
+            rank=rank,
+            update_proj_gap=update_proj_gap,
+            scale=scale,
+            projection=projection,
+            side=side,
+            batch_dims=batch_dims,
+            transport=transport,
+            maximize=maximize,
+            moment_dtype=moment_dtype,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
+        )
+        super().__init__(params, defaults)
+
+    def _check_rule(self, group: Group) -> None:
+        check_adafactor(group)
+
+    def _moments_spec(self, p: Tensor, group: Group, shape: tuple[int, ...]) -> Spec:
+        if self._is_projected(p, group):
+            *lead, rows, columns = shape
+        else:
+            view = dense_view(p, group)
+            lead, rows, columns = list(view.lead), view.rows, view.columns
+        dtype = compute_dtype(p.dtype)
+        spec: Spec = {"exp_avg_sq_row": ((*lead, rows), dtype), "exp_avg_sq_col": ((*lead, columns), dtype)}
+        if group["beta1"] is not None:
+            spec["exp_avg"] = (shape, moment_dtype(p, group))
+        return spec
+
+    def _rotate_(self, matrix: Matrix, group: Group, j: int, overlap: Tensor) -> None:
+        r"""With :math:`C = Q_\text{new}^\top Q_\text{old}`, and as if coordinates were uncorrelated,
+
+        .. math::
+            M \leftarrow C M, \qquad
+            a_i \leftarrow \sum_l C_{il}^2\, a_l + \Big(1 - \sum_l C_{il}^2\Big) \operatorname{mean}(a).
+
+        The second term is for what the old basis did not span: of it the best guess is the mean, and a zero would give
+        it an unbounded first step. Columns are not touched by a rotation of rows, and b stays.
+        """
+        row = matrix.member(matrix.state["exp_avg_sq_row"], j)
+        shares = overlap.square().to(row.dtype)
+        row.copy_(shares @ row + (1 - shares.sum(1)).clamp_(min=0) * row.mean())
+        if group["beta1"] is not None:
+            exp_avg = matrix.member(matrix.state["exp_avg"], j)
+            key = self._draw(matrix.p, group, ROTATED_EXP_AVG)
+            store_(exp_avg, overlap @ exp_avg.to(overlap.dtype), key, j * exp_avg.numel())
+
+    def _update(self, matrices: list[Matrix], group: Group, projection: Projection) -> None:
+        for x in matrices:
+            p, view, state = x
+            r = projection.down(x.m, state[projection.key])
+            squares = r.square()
+            a, b = inverse_roots_(
+                state["exp_avg_sq_row"].unsqueeze(-1),
+                state["exp_avg_sq_col"].unsqueeze(-2),
+                squares.mean(-1, keepdim=True),
+                squares.mean(-2, keepdim=True),
+                int(x.age),
+                group,
+            )
+            u = torch.mul(r, a, out=squares).mul_(b)
+            eta = self._step_size(p, view, group)
+            length = torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=True)
+            u.mul_(eta / excess(length, u.shape[-2] * u.shape[-1], group))
+            if group["beta1"] is not None:
+                u = average_(state["exp_avg"], u, group["beta1"], self._draw(p, group, EXP_AVG))
+            if isinstance(eta, Tensor) and group["weight_decay"]:
+                keep = (1 - group["weight_decay"] * eta).view(-1)
+                key = weight_rounding(self, p, group, DECAY)
+                rewrite_(p, view, lambda w, j, _, keep=keep: w.mul_(keep[j]), u.dtype, key, whole=True)
+            projection.write_back_(
+                p,
+                view,
+                state[projection.key],
+                u,
+                alpha=group["scale"] if group["maximize"] else -group["scale"],
+                beta=1 if isinstance(eta, Tensor) else 1 - group["weight_decay"] * eta,
+                rounding=weight_rounding(self, p, group),
+            )
+
+    def _dense_step_(self, params: list[Tensor], group: Group) -> None:
+        for p in params:
+            if p.numel():
+                self._step_in_rows_(p, group)
+
+    def _step_in_rows_(self, p: Tensor, group: Group) -> None:
+        """The rule on whole matrices: a first pass over rows of G finds its mean squares, a second one the length of U,
+        and a third one steps."""
+        assert p.grad is not None
+        state, dtype, view = self.state[p], compute_dtype(p.dtype), dense_view(p, group)
+        w, g = p.reshape(view.shape), p.grad.reshape(view.shape)
+        grads = view.members(g)
+        row = state["exp_avg_sq_row"].view(-1, view.rows, 1)
+        column = state["exp_avg_sq_col"].view(-1, 1, view.columns)
+
+        def gradient(j: int, rows: slice) -> Tensor:
+            return grads[j][rows].to(dtype).reshape(-1, view.columns)
+
+        eta = self._step_size(p, view, group)
+        etas = eta.view(-1).unbind() if isinstance(eta, Tensor) else [eta] * len(grads)
+        left, right = [], []
+        for j in range(len(grads)):
+            row_means, column_sums = torch.empty_like(row[j]), torch.zeros_like(column[j])
+            for s in blocks(grads[j], 0, dtype.itemsize):
+                squares = gradient(j, s).square()
+                row_means[s] = squares.mean(1, keepdim=True)
+                column_sums += squares.sum(0, keepdim=True)
+            column_means = column_sums.div_(view.rows)
+            a, b = inverse_roots_(row[j], column[j], row_means, column_means, int(state["step"]), group)
+            length = joint_length(gradient(j, s).mul(a[s]).mul_(b) for s in blocks(grads[j], 0, dtype.itemsize))
+            left.append(a.mul_(etas[j] / excess(length, grads[j].numel(), group)))
+            right.append(b)
+
+        exp_avgs = None if group["beta1"] is None else view.members(state["exp_avg"].view(view.shape))
+        key = self._draw(p, group, EXP_AVG)
+
+        def step_(rows_of_w: Tensor, j: int, s: slice) -> None:
+            u = gradient(j, s).mul(left[j][s]).mul_(right[j])
+            if exp_avgs is not None:
+                u = average_(exp_avgs[j][s], u, group["beta1"], key, (j * view.rows + s.start) * view.columns)
+            if group["weight_decay"]:
+                rows_of_w.mul_(1 - group["weight_decay"] * etas[j])
+            rows_of_w.add_(u, alpha=1 if group["maximize"] else -1)
+
+        rewrite_(w, view, step_, dtype, weight_rounding(self, p, group))
+
+    def _step_size(self, p: Tensor, view: MatrixView, group: Group) -> float | Tensor:
+        """eta_t: a number, or where it goes by RMS(W) one of each matrix (*lead, 1, 1), on the device."""
+        t = self.state[p]["step"].item()
+        relative = min(1e-6 * t if group["warmup_init"] else 1e-2, t**-0.5)
+        lr = relative if group["lr"] is None else float(group["lr"])
+        if not group["scale_parameter"]:
+            return lr
+        dtype = compute_dtype(p.dtype)
+        lengths = [
+            joint_length(w[s].to(dtype) for s in blocks(w, 0, dtype.itemsize))
+            for w in view.members(p.reshape(view.shape))
+        ]
+        rms = torch.stack(lengths).div_(math.sqrt(view.rows * view.columns))
+        return rms.clamp_(min=group["eps"][1]).mul_(lr).view(*view.lead, 1, 1)
+
+
+def check_adafactor(group: Group) -> None:
+    """Checks Adafactor's hyperparameters.
+
+    Raises:
+        ValueError: names the argument, its value and what is allowed.
+    """
+    for key, allowed in (
+        ("scale_parameter", (True, False)),
+        ("relative_step", (None, True, False)),
+        ("warmup_init", (True, False)),
+    ):
+        if group[key] not in allowed:
+            raise ValueError(f"{key} must be one of {', '.join(map(str, allowed))}, got {group[key]!r}")
+    if group["lr"] is not None:
+        check_lr(group)
+        if group["relative_step"]:
+            raise ValueError(f"lr={group['lr']!r} cannot be combined with relative_step=True: leave out one of the two")
+        if group["warmup_init"]:
+            raise ValueError(f"warmup_init=True is for the relative step: leave out lr={group['lr']!r}")
+    elif group["relative_step"] is False:
+        raise ValueError("relative_step=False needs an lr, got None")
+    eps = group["eps"]
+    if not (isinstance(eps, tuple | list) and len(eps) == 2 and all(map(is_number, eps)) and eps[0] > 0 <= eps[1]):
+        raise ValueError(f"eps must be two numbers, the first > 0 and the second >= 0, got {eps!r}")
+    group["eps"] = (float(eps[0]), float(eps[1]))
+    if not is_number(group["clip_threshold"]) or not group["clip_threshold"] > 0:
+        raise ValueError(f"clip_threshold must be a number > 0, got {group['clip_threshold']!r}")
+    if not is_number(group["decay_rate"]) or not group["decay_rate"] <= 0:
+        raise ValueError(f"decay_rate must be a number <= 0, got {group['decay_rate']!r}")
+    if group["beta1"] is not None and not (is_number(group["beta1"]) and 0 <= group["beta1"] < 1):
+        raise ValueError(f"beta1 must be None or a number in [0, 1), got {group['beta1']!r}")
+    for key in ("clip_threshold", "decay_rate"):
+        group[key] = float(group[key])
+    group["beta1"] = float(group["beta1"]) if group["beta1"] else None
+    check_not_negative(group, "weight_decay")
+    check_storage(group)
+
+
+def dense_view(p: Tensor, group: Group) -> MatrixView:
+    """Dim 0 against the rest; vectors and scalars are matrices of one column."""
+    if p.ndim < 2:
+        return matrix_view((p.numel(), 1), "left")
+    return matrix_view(tuple(p.shape), "left", group["batch_dims"] if p.ndim >= group["batch_dims"] + 2 else 0)
+
+
+def inverse_roots_(
+    row: Tensor, column: Tensor, row_means: Tensor, column_means: Tensor, age: int, group: Group
+) -> tuple[Tensor, Tensor]:
+    """Takes mean squares (r x 1 and 1 x k, or stacks) into the statistics, and returns the two factors, of the same
+    shapes, by which R becomes U."""
+    weight = age ** group["decay_rate"]  # 1 at first: what the statistics were before does not count
+    row.lerp_(row_means.add_(group["eps"][0]), weight)
+    column.lerp_(column_means.add_(group["eps"][0]), weight)
+    return (row / row.mean(-2, keepdim=True)).rsqrt_(), column.rsqrt()
+
+
+def joint_length(parts: Iterable[Tensor]) -> Tensor:
+    """|X|_F of what comes in parts, as a 0-d tensor."""
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(x) for x in parts]))
+
+
+def excess(length: Tensor, entries: int, group: Group) -> Tensor:
+    """How many times the RMS of something of this length is above the threshold; 1 where it is below."""
+    return (length / (math.sqrt(entries) * group["clip_threshold"])).clamp_(min=1)
+
+
+def average_(exp_avg: Tensor, u: Tensor, beta1: float, key: int, offset: int = 0) -> Tensor:
+    """M <- beta1 M + (1 - beta1) U; returns M in U's dtype."""
+    m = exp_avg.to(u.dtype).reshape(u.shape).lerp_(u, 1 - beta1)
+    store_(exp_avg, m.view(exp_avg.shape), key, offset)
+    return m
