@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from slimstate.optim import FRUGAL, AdamP, AdamW, GaLoreAdamW, param_groups, state_bytes
+from slimstate.optim import FRUGAL, AdamP, AdamW, GaLoreAdafactor, GaLoreAdamW, param_groups, state_bytes
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,11 @@ def frugal(model: nn.Module, lr: float, args: Namespace, **settings: str | bool)
     """FRUGAL on the linear layers, AdamW on embeddings, output head and norms."""
     groups = param_groups(model, rank=args.rank, update_proj_gap=args.update_proj_gap)
     return FRUGAL(groups, lr=lr, **settings)
+
+
+def galore_adafactor(model: nn.Module, lr: float, args: Namespace) -> torch.optim.Optimizer:
+    """GaLore with Adafactor, on all parameters, set as in galore-torch's script for pretraining."""
+    return GaLoreAdafactor(low_rank_groups(model, args), lr=lr, beta1=0.9, scale_parameter=False, relative_step=False)
 
 
 def galore_torch(model: nn.Module, lr: float, args: Namespace) -> torch.optim.Optimizer:
@@ -98,6 +103,7 @@ RECIPES = {
     "galore": Recipe(galore, lr_factor=4, options=LOW_RANK),
     "frugal": Recipe(frugal, lr_factor=1, options=("rank", "update_proj_gap")),
     "frugal-runs": Recipe(partial(frugal, contiguous=True), lr_factor=1, options=("rank", "update_proj_gap")),
+    "galore-adafactor": Recipe(galore_adafactor, lr_factor=4, options=LOW_RANK),
     "galore-torch": Recipe(galore_torch, lr_factor=4, options=LOW_RANK),
     "signsgd": Recipe(lambda model, lr, args: SignSGD(model.parameters(), lr), lr_factor=1),
 }

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from slimstate.optim import FRUGAL, SGDP, AdamP, AdamW, GaLoreAdamW
+from slimstate.optim import FRUGAL, SGDP, AdamP, AdamW, GaLoreAdafactor, GaLoreAdamW
 from slimstate.projections import SVD
 
 FOLDER = Path(__file__).parent.parent / "golden"
 # SGDP's reference projects its own momentum, where the step is its memory: not the published rule, and not ours.
 QUIRK = "sgdp_quirk_mixed_momentum"
 # What the optimizers follow whole. Of the DCT cases tests/projections/test_dct.py compares the bases and the choices.
-FOLLOWED = ("adamw_", "adamp_", "sgdp_", "galore_adamw_", "frugal_")
+FOLLOWED = ("adamw_", "adamp_", "sgdp_", "galore_", "frugal_")
 CASES = sorted(path.stem for path in FOLDER.glob("*.npz") if path.stem != QUIRK and path.stem.startswith(FOLLOWED))
 
 
@@ -92,11 +92,14 @@ def build(meta, tensors, params, monkeypatch):
     (p,) = params
     if meta.get("algo") in ("adamp", "sgdp"):
         return {"adamp": AdamP, "sgdp": SGDP}[meta["algo"]]([p], **{k: hp[k] for k in hp if k != "alias_momentum"})
-    common = dict(lr=hp["lr"], betas=tuple(hp["betas"]), eps=hp["eps"], weight_decay=hp["weight_decay"])
+    adafactor = meta.get("algo") == "galore_adafactor"
+    rule = ("beta1", "scale_parameter", "relative_step") if adafactor else ("betas", "eps")
+    common = {key: hp[key] for key in ("lr", "weight_decay", *rule)}
     if "rank" not in hp:
         return AdamW([p], **common)
     settings = dict(rank=hp["rank"], update_proj_gap=hp["gap"], scale=hp["scale"], side=hp["side"])
-    optimizer = GaLoreAdamW([p], **common, **settings, transport=hp["transport"])
+    kind = GaLoreAdafactor if adafactor else GaLoreAdamW
+    optimizer = kind([p], **common, **settings, transport=hp["transport"])
     if meta["compare"] == "inject":
         assert meta["inject"] == ["basis"]
         optimizer.projections = {"svd": aligned_with(tensors["basis"])}
@@ -104,7 +107,7 @@ def build(meta, tensors, params, monkeypatch):
 
 
 def test_all_cases_are_here():
-    assert len(CASES) == 51
+    assert len(CASES) == 57
 
 
 def error_of(case, monkeypatch):
@@ -139,7 +142,7 @@ def test_momentum_is_not_projected_as_the_references_is(monkeypatch):
     assert errors[1] < tolerance < errors[2]  # the momentum of the first step is the first that differs
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("galore_adamw") and "1d" not in case])
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("galore_") and "1d" not in case])
 def test_ends_with_the_references_subspace_and_moments(case, monkeypatch):
     meta, dtype, tensors = load(case)
     p = torch.nn.Parameter(tensors["W0_0"].to(dtype))
@@ -152,6 +155,13 @@ def test_ends_with_the_references_subspace_and_moments(case, monkeypatch):
     signs = (state["basis"] * basis).sum(0)
     torch.testing.assert_close(signs.abs(), torch.ones_like(signs), atol=1e-4, rtol=0)
     # our moments have the compressed axis first
-    m, v = (x.mT if meta["hp"]["side"] == "right" else x for x in (tensors["m_T"], tensors["v_T"]))
-    torch.testing.assert_close(state["exp_avg"] * signs[:, None].sign(), m.to(dtype), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(state["exp_avg_sq"], v.to(dtype), rtol=1e-3, atol=1e-4 * v.max().item())
+    turned = meta["hp"]["side"] == "right"
+    names = {"m_T": "exp_avg", "v_T": "exp_avg_sq"}
+    names |= dict(zip(("row_T", "col_T"), ("exp_avg_sq_row", "exp_avg_sq_col")[:: -1 if turned else 1], strict=True))
+    assert sum(key.startswith("exp_avg") for key in state) == sum(name in tensors for name in names)
+    for name, key in names.items():
+        if name not in tensors:
+            continue
+        ours = state[key] * signs[:, None].sign() if key == "exp_avg" else state[key]
+        theirs = (tensors[name].mT if turned and tensors[name].ndim == 2 else tensors[name]).to(dtype)
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
