@@ -1,4 +1,4 @@
-"""Each optimizer reaches the minimum that its theory promises, on random convex problems; a new one is a row of CASES."""
+"""Each optimizer reaches the minimum that its theory promises on random convex problems; a new one is a row."""
 
 import math
 
