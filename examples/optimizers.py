@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from slimstate.optim import FRUGAL, AdamP, AdamW, GaLoreAdafactor, GaLoreAdamW, param_groups, state_bytes
+from slimstate.optim import FRUGAL, AdamP, AdamW, GaLoreAdafactor, GaLoreAdamW, GradNormLoRP, param_groups, state_bytes
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,11 @@ def galore_torch(model: nn.Module, lr: float, args: Namespace) -> torch.optim.Op
     return Original(groups, lr=lr, eps=1e-8, weight_decay=0.01, no_deprecation_warning=True)
 
 
+def gradnorm(model: nn.Module, lr: float, args: Namespace) -> torch.optim.Optimizer:
+    """GradNormLoRP on the linear layers, AdamW on embeddings, output head and norms."""
+    return GradNormLoRP(low_rank_groups(model, args), lr=lr)
+
+
 def low_rank_groups(model: nn.Module, args: Namespace) -> list[dict]:
     """The model's parameters, split into projected matrices and the rest."""
     return param_groups(model, rank=args.rank, update_proj_gap=args.update_proj_gap, scale=args.scale)
@@ -105,6 +110,7 @@ RECIPES = {
     "frugal-runs": Recipe(partial(frugal, contiguous=True), lr_factor=1, options=("rank", "update_proj_gap")),
     "galore-adafactor": Recipe(galore_adafactor, lr_factor=4, options=LOW_RANK),
     "galore-torch": Recipe(galore_torch, lr_factor=4, options=LOW_RANK),
+    "gradnorm": Recipe(gradnorm, lr_factor=4, options=LOW_RANK),
     "signsgd": Recipe(lambda model, lr, args: SignSGD(model.parameters(), lr), lr_factor=1),
 }
 

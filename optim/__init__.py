@@ -11,6 +11,7 @@ from .adamp import SGDP, AdamP
 from .adamw import AdamW
 from .frugal import FRUGAL
 from .galore import GaLoreAdamW
+from .gradnorm import GradNormLoRP
 from .groups import ParamGroups, param_groups
 from .memory import state_bytes
 
@@ -21,6 +22,7 @@ __all__ = [
     "AdamW",
     "GaLoreAdafactor",
     "GaLoreAdamW",
+    "GradNormLoRP",
     "ParamGroups",
     "param_groups",
     "state_bytes",

@@ -199,7 +199,12 @@ def _fused_(
 
 
 def adam_directions(
-    optimizer: Optimizer, params: list[Tensor], rs: list[Tensor], group: Group, ages: list[Tensor]
+    optimizer: Optimizer,
+    params: list[Tensor],
+    rs: list[Tensor],
+    group: Group,
+    ages: list[Tensor],
+    keys: tuple[str, str] = ("exp_avg", "exp_avg_sq"),
 ) -> list[Tensor]:
     r"""Takes projected gradients R into the moments of their parameters, and returns the directions in the subspaces:
 
@@ -213,11 +218,12 @@ def adam_directions(
         rs: R (r x k) of each, in the dtype of arithmetic.
         group: the hyperparameters; `maximize` turns U around.
         ages: t of each, the number of gradients in its moments, this one included.
+        keys: the names of M and V in the state; others than these must be in R's dtype.
 
     Returns:
         U of each, of R's shape.
     """
-    kept = [[optimizer.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq")]
+    kept = [[optimizer.state[p][key] for p in params] for key in keys]
     m, v = wide = [[x.to(r.dtype) for x, r in zip(moments, rs, strict=True)] for moments in kept]
     us = [torch.zeros_like(r) for r in rs]  # a weight of zero that takes one step of size 1 becomes the direction
     _fused_(us, rs, m, v, ages, group=group, lr=1.0, weight_decay=0.0)

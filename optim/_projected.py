@@ -111,9 +111,11 @@ class ProjectedOptimizer(Optimizer):
         """Updates the parameters that are not projected."""
         adamw_step_(self, params, group)
 
-    def _fitted_to(self, matrix: Matrix, group: Group) -> Tensor:
-        """What a basis is fitted to (d x k, or a stack of them)."""
-        return matrix.m
+    def _fitted_to(self, matrix: Matrix, group: Group, j: int) -> Tensor:
+        """What the basis of matrix j of the stack is fitted to (d x k)."""
+        assert matrix.p.grad is not None
+        m = matrix.view.members(matrix.p.grad)[j].reshape(matrix.view.rows, matrix.view.columns)
+        return m.mT if matrix.view.transposed else m
 
     def _rotate_(self, matrix: Matrix, group: Group, j: int, overlap: Tensor) -> None:
         """Carries the moments of matrix j of the stack into a new basis; overlap = Q_new^T Q_old."""
@@ -296,11 +298,10 @@ class ProjectedOptimizer(Optimizer):
         if not scheduled and all(refreshes.tolist()):
             return
         changed = False
-        gradients = self._fitted_to(matrix, group)
         for j, count in enumerate(refreshes.tolist()):
-            gradient, basis = matrix.member(gradients, j), matrix.member(state[projection.key], j)
             if count and not scheduled:
                 continue
+            gradient, basis = self._fitted_to(matrix, group, j), matrix.member(state[projection.key], j)
             size = largest_magnitude(gradient).item()
             if not torch.finfo(torch.float32).tiny <= size < math.inf:
                 continue

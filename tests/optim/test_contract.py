@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from slimstate.optim import FRUGAL, SGDP, AdamP, AdamW, GaLoreAdafactor, GaLoreAdamW, state_bytes
+from slimstate.optim import FRUGAL, SGDP, AdamP, AdamW, GaLoreAdafactor, GaLoreAdamW, GradNormLoRP, state_bytes
 
 # name -> (class, settings for matrices, settings for every parameter)
 CASES = {
@@ -65,7 +65,12 @@ CASES |= {
         {"lr": None, "beta1": 0.5},
     ),
 }
+CASES |= {
+    name.replace("GaLoreAdamW", "GradNormLoRP"): (GradNormLoRP, *CASES[name][1:])
+    for name in ("GaLoreAdamW, svd, rotate", "GaLoreAdamW, power, keep", "GaLoreAdamW, random, reset")
+}
 FEW = ["AdamW", "AdamP", "GaLoreAdamW, svd, rotate", "GaLoreAdamW, power, keep", "GaLoreAdamW, random, reset"]
+FEW += ["GradNormLoRP, svd, rotate"]
 every = pytest.mark.parametrize("name", CASES)
 few = pytest.mark.parametrize("name", FEW)
 

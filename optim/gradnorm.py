@@ -1,0 +1,244 @@
+"""GradNormLoRP. Huang et al., 2024. https://arxiv.org/abs/2412.19616"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from slimstate.projections import Projection
+from slimstate.projections._base import compute_dtype, rewrite_
+from slimstate.projections._blocks import blocks
+
+from ._adam import adam_directions, weight_rounding
+from ._base import Group, Spec, refuse
+from ._projected import DEFAULT_RANK, Matrix, ProjectedOptimizer
+
+__all__ = ["GradNormLoRP"]
+
+SHORTEST = 1e-12  # the norm of a row; below it, it has no direction
+LENGTH_MOMENTS = ("lengths_avg", "lengths_avg_sq")
+
+
+class GradNormLoRP(ProjectedOptimizer):
+    r"""Adam on the directions of weight rows, in a low-rank subspace, and on their lengths.
+
+    Row i of a matrix is seen as :math:`W_i = g_i v_i` with a length and a direction, :math:`\|v_i\| = 1`. What the
+    gradient G says of them is, by the chain rule,
+
+    .. math::
+        \partial g_i = \langle G_i, v_i \rangle, \qquad
+        \partial v_i = g_i \left( G_i - \langle G_i, v_i \rangle v_i \right).
+
+    Every `update_proj_gap` steps the basis Q (d x r) is fitted to :math:`\partial V`, and the moments are carried over.
+    In each step, with :math:`\partial V` seen so that its compressed axis d comes first, and Adam of `betas` and `eps`,
+
+    .. math::
+        R &= Q^\top \partial V, \qquad U = \mathrm{Adam}(R), \qquad u = \mathrm{Adam}(\partial g) \\
+        v_i &\leftarrow \frac{v_i - \eta\,\alpha\,(Q U)_i}{\|v_i - \eta\,\alpha\,(Q U)_i\|}, \qquad
+        g_i \leftarrow (1-\eta\lambda)\, g_i - \eta\, u_i, \qquad W_i \leftarrow g_i v_i.
+
+    A length may go through zero and change its sign. Rows are those of dim 0, the output features of a linear layer and
+    the output channels of a convolution. A row shorter than 1e-12 has no direction: it takes GaLore's step,
+    :math:`W_i \leftarrow W_i - \eta\,\alpha\,(Q U)_i` with :math:`\partial v_i = G_i`, until it is longer.
+
+    State of an m x n matrix: 2 max(m,n) r + min(m,n) r + 3 m elements (moments, basis; lengths and their moments), where
+    AdamW keeps 2 m n; directions are read off the weight. What is not projected (vectors, groups without a rank) gets
+    AdamW. Which matrices are projected is said as in `GaLoreAdamW`.
+
+    The weight is the truth: where a row's norm is not the length that was left behind, but for the rounding of the
+    weight's dtype, its length becomes that norm (with the sign that it had). So weights can be loaded, merged or
+    clipped between steps.
+
+    The published code differs in what defines the method, see the page of this optimizer: it leaves out the projection
+    onto the tangent, forgets the lengths at every step, and keeps a copy of the weight.
+
+    Args:
+        params: parameters, named parameters, or groups, as in `GaLoreAdamW`.
+        lr: learning rate :math:`\eta`: of directions relative to their unit norm, a row turns by an angle of about
+            :math:`\eta\,\alpha\sqrt r` in a step whatever its length (of a wide matrix m x n, whose rows are compressed,
+            :math:`\eta\,\alpha\sqrt{rn/m}`); of lengths, and of what is not projected, as in Adam. Default 1e-3, as in
+            torch.optim.AdamW; the authors' script pretrains with 0.01.
+        betas: decay rates of the moments. Default (0.9, 0.999), as in torch.optim.AdamW and the published code.
+        eps: :math:`\epsilon`. Default 1e-8, as in torch.optim.AdamW; the published code has 1e-6.
+        weight_decay: decoupled weight decay :math:`\lambda`, of lengths alone: a direction has nothing to decay. Default
+            0.01, as in torch.optim.AdamW; the published code has 0.
+        rank: r as a count (int >= 1) or as a share of d (float in (0, 1]); clamped to the smaller side; None: dense.
+            Default 0.25, as in `GaLoreAdamW`; the authors fine-tune with 4 and 8.
+        update_proj_gap: steps between two refreshes of a matrix, staggered over the group's matrices. Default 200, as in
+            GaLore and the published code; the authors' script pretrains with 250.
+        scale: :math:`\alpha`, the step of directions relative to `lr`. Default 0.25, the authors' for pretraining; for
+            fine-tuning they take 4.
+        projection: `svd`, `power` or `random`, or an object of `slimstate.projections`, as in `GaLoreAdamW`.
+        side: `auto`, `left`, `right` or `reverse`, as in `GaLoreAdamW`; rows are those of dim 0 on either side.
+        batch_dims: how many leading axes of a parameter count matrices (1 for stacked experts).
+        transport: `rotate` (default), `keep` or `reset`, as in `GaLoreAdamW`; the moments of lengths, which are in no
+            subspace, stay whatever becomes of the others.
+        maximize: ascend instead.
+        moment_dtype: of the moments in the subspace: `float32`, `bfloat16` (rounded stochastically) or `param` (the
+            parameter's); None means float32, and float64 for float64 parameters, as lengths and their moments always
+            are.
+        stochastic_rounding: of weights in bfloat16 and float16; None means on.
+        seed: of random bases and of the rounding.
+        torch_keywords: `foreach`, `fused`, `capturable`, `differentiable` and `amsgrad`, where they change nothing.
+
+    Raises:
+        ValueError: for a value out of range, an unknown group key, a torch keyword that is not supported, or a rank
+            where nothing can be projected.
+        NotImplementedError: for galore-torch's `proj_type="full"` and `dim`.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(16, 8)
+        >>> optimizer = GradNormLoRP(model.parameters(), lr=0.01, rank=4)
+        >>> _ = optimizer.step(lambda: model(torch.ones(1, 16)).square().sum().backward())
+        >>> torch.allclose(optimizer.state[model.weight]["lengths"], model.weight.norm(dim=1))
+        True
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        rank: int | float | None = DEFAULT_RANK,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        projection: str | Projection = "svd",
+        side: str = "auto",
+        batch_dims: int = 0,
+        transport: str = "rotate",
+        maximize: bool = False,
+        moment_dtype: str | torch.dtype | None = None,
+        stochastic_rounding: bool | None = None,
+        seed: int = 0,
+        **torch_keywords: Any,
+    ) -> None:
+        refuse("GradNormLoRP", torch_keywords)
+        defaults = dict(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            rank=rank,
+            update_proj_gap=update_proj_gap,
+            scale=scale,
+            projection=projection,
+            side=side,
+            batch_dims=batch_dims,
+            transport=transport,
+            maximize=maximize,
+            moment_dtype=moment_dtype,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
+        )
+        super().__init__(params, defaults)
+
+    def _spec(self, p: Tensor, group: Group) -> Spec:
+        spec = super()._spec(p, group)
+        if self._is_projected(p, group):
+            view = self._view(p, group)
+            for key in ("lengths", *LENGTH_MOMENTS):
+                spec[key] = ((*view.lead, view.rows), compute_dtype(p.dtype))
+        return spec
+
+    def _fitted_to(self, matrix: Matrix, group: Group, j: int) -> Tensor:
+        """The gradient of the directions of matrix j: the only time that one is held whole."""
+        view = matrix.view
+        dv = matrix.p.new_empty(view.rows, view.columns, dtype=compute_dtype(matrix.p.dtype))
+        for s, rows in _rows(matrix, j):
+            dv[s] = rows.dv
+        return dv.mT if view.transposed else dv
+
+    def _update(self, matrices: list[Matrix], group: Group, projection: Projection) -> None:
+        lr = float(group["lr"])
+        params = [x.p for x in matrices]
+        rs, dgs, gs, radii = map(list, zip(*map(_projected, matrices), strict=True))
+        us = adam_directions(self, params, rs, group, [x.age for x in matrices])
+        lengthenings = adam_directions(self, params, dgs, group, [x.state["step"] for x in matrices], LENGTH_MOMENTS)
+        for x, u, du, g, radius in zip(matrices, us, lengthenings, gs, radii, strict=True):
+            new = (g * (1 - lr * group["weight_decay"])).add_(du, alpha=lr).masked_fill_(g == 0, 0)
+            _write_back_(x, u.mul_(lr * group["scale"]), g, new, radius, weight_rounding(self, x.p, group))
+            x.state["lengths"].copy_(new)
+
+
+class _Rows(NamedTuple):
+    """Some rows of a matrix, in the dtype of arithmetic.
+
+    Args:
+        dv: the gradient of their directions (rows x columns).
+        dg: the gradient of their lengths.
+        g: their lengths, with signs; 0 where they are too short to have a direction.
+        radius: dW/dv: the norm with the length's sign; 1 where they are too short.
+    """
+
+    dv: Tensor
+    dg: Tensor
+    g: Tensor
+    radius: Tensor
+
+
+def _rows(matrix: Matrix, j: int) -> Iterator[tuple[slice, _Rows]]:
+    """Blocks of rows of matrix j of the stack: which, and what the gradient says of them."""
+    p, view = matrix.p, matrix.view
+    assert p.grad is not None
+    dtype = compute_dtype(p.dtype)
+    weight, grad = view.members(p)[j], view.members(p.grad)[j]
+    lengths = matrix.member(matrix.state["lengths"], j)
+    for s in blocks(weight, 0, dtype.itemsize):
+        w, dw = (x[s].to(dtype).reshape(-1, view.columns) for x in (weight, grad))
+        norm = torch.linalg.vector_norm(w, dim=1)
+        rounded = (norm - lengths[s].abs()).abs() <= torch.finfo(p.dtype).eps * norm
+        g = torch.where(rounded, lengths[s], norm.copysign(lengths[s]))
+        straight = norm >= SHORTEST
+        radius = torch.where(straight, norm.copysign(g), 1)
+        dg = (w * dw).sum(1).div_(radius)
+        factor = torch.where(straight, g, 1)
+        dv = torch.addcmul(dw, w, (-dg * straight / radius)[:, None]).mul_(factor[:, None])
+        yield s, _Rows(dv, dg * straight, g * straight, radius)
+
+
+def _projected(matrix: Matrix) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """R (r x k), and the gradients of the lengths, the lengths and the radii, as in `_Rows`; or stacks of them."""
+    view, basis, lengths = matrix.view, matrix.state["basis"], matrix.state["lengths"]
+    r = basis.new_zeros(*view.lead, basis.shape[-1], view.k)
+    dg, g, radius = (torch.empty_like(lengths) for _ in range(3))
+    for j in range(len(basis) if view.lead else 1):
+        q, r_j, *kept = (matrix.member(x, j) for x in (basis, r, dg, g, radius))
+        for s, rows in _rows(matrix, j):
+            if view.transposed:
+                r_j[:, s] = q.mT @ rows.dv.mT
+            else:
+                r_j.addmm_(q[s].mT, rows.dv)
+            for x, value in zip(kept, rows[1:], strict=True):
+                x[s] = value
+    return r, dg, g, radius
+
+
+def _write_back_(matrix: Matrix, step: Tensor, g: Tensor, new: Tensor, radius: Tensor, rounding: int | None) -> None:
+    """W_i <- g_i' (v_i + (Q S)_i) / |v_i + (Q S)_i| in place, and W_i <- W_i + (Q S)_i where W_i is too short.
+
+    Args:
+        matrix: whose weight W is.
+        step: S (r x k), or a stack of them.
+        g: the lengths before the step, as in `_Rows`.
+        new: the lengths after it.
+        radius: as in `_Rows`.
+        rounding: key of the stochastic rounding of a low-precision weight; None rounds to nearest.
+    """
+    view, basis = matrix.view, matrix.state["basis"]
+    turns = step.flatten(-2).any(-1)  # what does not move keeps its bits
+
+    def edit(w: Tensor, j: int, s: slice) -> None:
+        q, u, old, length, stretch = (matrix.member(x, j) for x in (basis, step, g, new, radius))
+        a, b = (u.mT, q.mT) if view.transposed else (q, u)  # (rows, r) and (r, columns) of W as it is stored
+        w.addmm_(a[s] * stretch[s, None], b)
+        shrink = old[s].sign() * length[s] / torch.linalg.vector_norm(w, dim=1).clamp_(min=SHORTEST)
+        moved = (length[s] != old[s]) | (matrix.member(turns, j) & (old[s] != 0))
+        w.mul_(torch.where(moved, shrink, 1)[:, None])
+
+    rewrite_(matrix.p, view, edit, basis.dtype, rounding)
