@@ -1,7 +1,7 @@
 """GradNormLoRP. Huang et al., 2024. https://arxiv.org/abs/2412.19616"""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,40 +150,29 @@ class GradNormLoRP(ProjectedOptimizer):
         """The gradient of the directions of matrix j: the only time that one is held whole."""
         view = matrix.view
         dv = matrix.p.new_empty(view.rows, view.columns, dtype=compute_dtype(matrix.p.dtype))
-        for s, rows in _rows(matrix, j):
-            dv[s] = rows.dv
+        for s, block, *_ in _reparametrized(matrix, j):
+            dv[s] = block
         return dv.mT if view.transposed else dv
 
     def _update(self, matrices: list[Matrix], group: Group, projection: Projection) -> None:
-        lr = float(group["lr"])
-        params = [x.p for x in matrices]
-        rs, dgs, gs, radii = map(list, zip(*map(_projected, matrices), strict=True))
+        lr, params = float(group["lr"]), [x.p for x in matrices]
+        rs, dgs, radii = map(list, zip(*map(_projected, matrices), strict=True))
         us = adam_directions(self, params, rs, group, [x.age for x in matrices])
-        lengthenings = adam_directions(self, params, dgs, group, [x.state["step"] for x in matrices], LENGTH_MOMENTS)
-        for x, u, du, g, radius in zip(matrices, us, lengthenings, gs, radii, strict=True):
-            new = (g * (1 - lr * group["weight_decay"])).add_(du, alpha=lr).masked_fill_(g == 0, 0)
-            _write_back_(x, u.mul_(lr * group["scale"]), g, new, radius, weight_rounding(self, x.p, group))
+        dus = adam_directions(self, params, dgs, group, [x.state["step"] for x in matrices], LENGTH_MOMENTS)
+        for x, u, du, radius in zip(matrices, us, dus, radii, strict=True):
+            old = _lengths(x, radius)
+            new = (old * (1 - lr * group["weight_decay"])).add_(du, alpha=lr).masked_fill_(radius == 0, 0)
+            _write_back_(x, u.mul_(lr * group["scale"]), radius, old, new, weight_rounding(self, x.p, group))
             x.state["lengths"].copy_(new)
 
 
-class _Rows(NamedTuple):
-    """Some rows of a matrix, in the dtype of arithmetic.
+def _reparametrized(matrix: Matrix, j: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Matrix j of the stack in blocks of rows, in the dtype of arithmetic.
 
-    Args:
-        dv: the gradient of their directions (rows x columns).
-        dg: the gradient of their lengths.
-        g: their lengths, with signs; 0 where they are too short to have a direction.
-        radius: dW/dv: the norm with the length's sign; 1 where they are too short.
+    Yields:
+        which rows; the gradient of their directions (rows x columns); that of their lengths; and their norms with the
+        signs of their lengths, 0 where a row is too short to have a direction.
     """
-
-    dv: Tensor
-    dg: Tensor
-    g: Tensor
-    radius: Tensor
-
-
-def _rows(matrix: Matrix, j: int) -> Iterator[tuple[slice, _Rows]]:
-    """Blocks of rows of matrix j of the stack: which, and what the gradient says of them."""
     p, view = matrix.p, matrix.view
     assert p.grad is not None
     dtype = compute_dtype(p.dtype)
@@ -192,53 +181,64 @@ def _rows(matrix: Matrix, j: int) -> Iterator[tuple[slice, _Rows]]:
     for s in blocks(weight, 0, dtype.itemsize):
         w, dw = (x[s].to(dtype).reshape(-1, view.columns) for x in (weight, grad))
         norm = torch.linalg.vector_norm(w, dim=1)
-        rounded = (norm - lengths[s].abs()).abs() <= torch.finfo(p.dtype).eps * norm
-        g = torch.where(rounded, lengths[s], norm.copysign(lengths[s]))
-        straight = norm >= SHORTEST
-        radius = torch.where(straight, norm.copysign(g), 1)
-        dg = (w * dw).sum(1).div_(radius)
-        factor = torch.where(straight, g, 1)
-        dv = torch.addcmul(dw, w, (-dg * straight / radius)[:, None]).mul_(factor[:, None])
-        yield s, _Rows(dv, dg * straight, g * straight, radius)
+        radius = norm.copysign(lengths[s]).masked_fill_(norm < SHORTEST, 0)
+        divisor = _or_one(radius)
+        dg = (w * dw).sum(1).div_(divisor)
+        dv = (dw * divisor[:, None]).addcmul_(w, dg[:, None], value=-1)  # g (G - <G, v> v), as W = g v
+        yield s, dv, dg, radius
 
 
-def _projected(matrix: Matrix) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """R (r x k), and the gradients of the lengths, the lengths and the radii, as in `_Rows`; or stacks of them."""
+def _or_one(radius: Tensor) -> Tensor:
+    """dW/dv: a row without a direction is its own parameter."""
+    return radius.masked_fill(radius == 0, 1)
+
+
+def _projected(matrix: Matrix) -> tuple[Tensor, Tensor, Tensor]:
+    """R (r x k), the gradients of the lengths, and the signed norms; or stacks of them."""
     view, basis, lengths = matrix.view, matrix.state["basis"], matrix.state["lengths"]
     r = basis.new_zeros(*view.lead, basis.shape[-1], view.k)
-    dg, g, radius = (torch.empty_like(lengths) for _ in range(3))
+    dg, radius = torch.empty_like(lengths), torch.empty_like(lengths)
     for j in range(len(basis) if view.lead else 1):
-        q, r_j, *kept = (matrix.member(x, j) for x in (basis, r, dg, g, radius))
-        for s, rows in _rows(matrix, j):
+        q, r_j, dg_j, radius_j = (matrix.member(x, j) for x in (basis, r, dg, radius))
+        for s, dv, of_lengths, norms in _reparametrized(matrix, j):
+            dg_j[s], radius_j[s] = of_lengths, norms
             if view.transposed:
-                r_j[:, s] = q.mT @ rows.dv.mT
+                r_j[:, s] = q.mT @ dv.mT
             else:
-                r_j.addmm_(q[s].mT, rows.dv)
-            for x, value in zip(kept, rows[1:], strict=True):
-                x[s] = value
-    return r, dg, g, radius
+                r_j.addmm_(q[s].mT, dv)
+    return r, dg, radius
 
 
-def _write_back_(matrix: Matrix, step: Tensor, g: Tensor, new: Tensor, radius: Tensor, rounding: int | None) -> None:
-    """W_i <- g_i' (v_i + (Q S)_i) / |v_i + (Q S)_i| in place, and W_i <- W_i + (Q S)_i where W_i is too short.
+def _lengths(matrix: Matrix, radius: Tensor) -> Tensor:
+    """The lengths before the step: what float32 and float64 weights say, and for lower precision what was left behind,
+    unless rounding does not explain the difference."""
+    kept, dtype = matrix.state["lengths"], matrix.p.dtype
+    if dtype == radius.dtype:
+        return radius
+    return torch.where((radius - kept).abs() <= torch.finfo(dtype).eps * radius.abs(), kept, radius)
+
+
+def _write_back_(matrix: Matrix, step: Tensor, radius: Tensor, old: Tensor, new: Tensor, rounding: int | None) -> None:
+    """W_i <- g_i (v_i + (Q S)_i) / |v_i + (Q S)_i| in place, and W_i <- W_i + (Q S)_i where W_i has no direction.
 
     Args:
         matrix: whose weight W is.
         step: S (r x k), or a stack of them.
-        g: the lengths before the step, as in `_Rows`.
-        new: the lengths after it.
-        radius: as in `_Rows`.
+        radius: the norms of W's rows with the signs of v, 0 where there is no direction.
+        old: the lengths before the step.
+        new: the lengths g after it.
         rounding: key of the stochastic rounding of a low-precision weight; None rounds to nearest.
     """
     view, basis = matrix.view, matrix.state["basis"]
-    turns = step.flatten(-2).any(-1)  # what does not move keeps its bits
+    stretch, gain = _or_one(radius), radius.sign() * new
+    moved = (new != old) | (step.flatten(-2).any(-1, keepdim=True) & (radius != 0))  # what did not keeps its bits
 
     def edit(w: Tensor, j: int, s: slice) -> None:
-        q, u, old, length, stretch = (matrix.member(x, j) for x in (basis, step, g, new, radius))
+        q, u, *rows = (matrix.member(x, j) for x in (basis, step, stretch, gain, moved))
+        stretched, gained, changed = (x[s, None] for x in rows)
         a, b = (u.mT, q.mT) if view.transposed else (q, u)  # (rows, r) and (r, columns) of W as it is stored
-        w.addmm_(a[s] * stretch[s, None], b)
-        shrink = old[s].sign() * length[s] / torch.linalg.vector_norm(w, dim=1).clamp_(min=SHORTEST)
-        moved = (length[s] != old[s]) | (matrix.member(turns, j) & (old[s] != 0))
-        w.mul_(torch.where(moved, shrink, 1)[:, None])
+        w.addmm_(a[s] * stretched, b)
+        norm = torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp_(min=SHORTEST)
+        w.mul_(torch.where(changed, gained / norm, 1))
 
     rewrite_(matrix.p, view, edit, basis.dtype, rounding)
