@@ -43,31 +43,32 @@ class GradNormLoRP(ProjectedOptimizer):
     the output channels of a convolution. A row shorter than 1e-12 has no direction: it takes GaLore's step,
     :math:`W_i \leftarrow W_i - \eta\,\alpha\,(Q U)_i` with :math:`\partial v_i = G_i`, until it is longer.
 
-    State of an m x n matrix: 2 max(m,n) r + min(m,n) r + 3 m elements (moments, basis; lengths and their moments), where
-    AdamW keeps 2 m n; directions are read off the weight. What is not projected (vectors, groups without a rank) gets
-    AdamW. Which matrices are projected is said as in `GaLoreAdamW`.
+    State of an m x n matrix: 2 max(m,n) r + min(m,n) r + 3 m elements (moments, basis; lengths and their moments),
+    where AdamW keeps 2 m n; directions are read off the weight. Only when a basis is fitted is :math:`\partial V` of
+    that one matrix held whole. What is not projected (vectors, groups without a rank) gets AdamW. Which matrices are
+    projected is said as in `GaLoreAdamW`.
 
-    The weight is the truth: where a row's norm is not the length that was left behind, but for the rounding of the
-    weight's dtype, its length becomes that norm (with the sign that it had). So weights can be loaded, merged or
-    clipped between steps.
+    The weight is the truth: a row's length is its norm, with the sign that the state keeps; of a bfloat16 or float16
+    weight it is the state's float32 length, as long as rounding explains the difference. So weights can be loaded,
+    merged or clipped between steps.
 
-    The published code differs in what defines the method, see the page of this optimizer: it leaves out the projection
-    onto the tangent, forgets the lengths at every step, and keeps a copy of the weight.
+    Where this differs from the published code, which leaves out the projection onto the tangent, forgets the lengths at
+    every step and keeps a copy of the weight, is on this optimizer's page.
 
     Args:
         params: parameters, named parameters, or groups, as in `GaLoreAdamW`.
         lr: learning rate :math:`\eta`: of directions relative to their unit norm, a row turns by an angle of about
-            :math:`\eta\,\alpha\sqrt r` in a step whatever its length (of a wide matrix m x n, whose rows are compressed,
-            :math:`\eta\,\alpha\sqrt{rn/m}`); of lengths, and of what is not projected, as in Adam. Default 1e-3, as in
+            :math:`\eta\,\alpha\sqrt r` in a step whatever its length (:math:`\eta\,\alpha\sqrt{rn/m}` where the rows of
+            m x n are compressed); of lengths, and of what is not projected, as in Adam. Default 1e-3, as in
             torch.optim.AdamW; the authors' script pretrains with 0.01.
         betas: decay rates of the moments. Default (0.9, 0.999), as in torch.optim.AdamW and the published code.
         eps: :math:`\epsilon`. Default 1e-8, as in torch.optim.AdamW; the published code has 1e-6.
-        weight_decay: decoupled weight decay :math:`\lambda`, of lengths alone: a direction has nothing to decay. Default
-            0.01, as in torch.optim.AdamW; the published code has 0.
+        weight_decay: decoupled weight decay :math:`\lambda`, of lengths alone: a direction has nothing to decay.
+            Default 0.01, as in torch.optim.AdamW; the published code has 0.
         rank: r as a count (int >= 1) or as a share of d (float in (0, 1]); clamped to the smaller side; None: dense.
             Default 0.25, as in `GaLoreAdamW`; the authors fine-tune with 4 and 8.
-        update_proj_gap: steps between two refreshes of a matrix, staggered over the group's matrices. Default 200, as in
-            GaLore and the published code; the authors' script pretrains with 250.
+        update_proj_gap: steps between two refreshes of a matrix, staggered over the group's matrices. Default 200, as
+            in GaLore and the published code; the authors' script pretrains with 250.
         scale: :math:`\alpha`, the step of directions relative to `lr`. Default 0.25, the authors' for pretraining; for
             fine-tuning they take 4.
         projection: `svd`, `power` or `random`, or an object of `slimstate.projections`, as in `GaLoreAdamW`.

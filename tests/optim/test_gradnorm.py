@@ -164,7 +164,7 @@ def test_row_norms_are_the_lengths_and_full_rank_directions_are_tangential(shape
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12), (14, 14)])
 @pytest.mark.parametrize("rank", [1.0, 3])
 def test_without_lengths_it_is_galore_on_the_tangential_gradient(shape, rank):
-    """P6: rows that are put back to the length that they had; W is then V, and GaLore on V followed by normalisation."""
+    """P6: with rows put back to length 1 after each step W is V, and the same is GaLore with normalised rows."""
     grads = gradients(shape, 7)
     p = parameter(shape)
     with torch.no_grad():
@@ -329,9 +329,7 @@ def test_lengths_of_low_precision_weights_lose_nothing_to_rounding(dtype, stocha
     p = parameter((12, 20), dtype)
     start = row_norms(p.float())
     v = p.detach() / p.detach().norm(dim=1, keepdim=True)
-    optimizer = GradNormLoRP(
-        [p], lr=1e-4, rank=3, scale=0.0, weight_decay=0.0, stochastic_rounding=stochastic_rounding
-    )
+    optimizer = GradNormLoRP([p], lr=1e-4, rank=3, scale=0.0, weight_decay=0.0, stochastic_rounding=stochastic_rounding)
     run(optimizer, [p], [[v]] * 400)
     lengths = optimizer.state[p]["lengths"]
     torch.testing.assert_close(lengths, start - 0.04, rtol=0, atol=2e-4)
@@ -423,7 +421,9 @@ class Allocations(torch.utils._python_dispatch.TorchDispatchMode):
         self.largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {x.untyped_storage().data_ptr() for x in torch.utils._pytree.tree_leaves((args, kwargs)) if is_tensor(x)}
+        given = {
+            x.untyped_storage().data_ptr() for x in torch.utils._pytree.tree_leaves((args, kwargs)) if is_tensor(x)
+        }
         result = func(*args, **(kwargs or {}))
         for x in filter(is_tensor, torch.utils._pytree.tree_leaves(result)):
             if x.untyped_storage().data_ptr() not in given:
@@ -595,7 +595,7 @@ def minimized(loss, p, steps, lr, **settings):
     return loss(p).item()
 
 
-@given(seed=st.integers(0, 99))
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(("settings", "steps"), [({"rank": 1.0}, 300), ({"rank": 4, "update_proj_gap": 5}, 500)])
 def test_a_random_convex_quadratic_is_solved(settings, steps, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -650,6 +650,7 @@ def test_the_factors_of_a_dora_model_of_peft_train():
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=32,
+        initializer_range=0.2,
     )
     model = peft.get_peft_model(
         transformers.LlamaForCausalLM(config),
@@ -659,16 +660,16 @@ def test_the_factors_of_a_dora_model_of_peft_train():
     assert all(("lora_A" in d.name or "lora_B" in d.name) == d.projected for d in groups.decisions)
     assert {d.shape for d in groups.decisions if "magnitude" in d.name} == {(32,), (48,)}
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = GradNormLoRP(groups, lr=3e-3)
+    optimizer = GradNormLoRP(groups, lr=1e-2)
     tokens = torch.arange(64).repeat(2)[torch.arange(4)[:, None] * 7 + torch.arange(24)]  # counting
     losses = []
-    for _ in range(40):
+    for _ in range(25):
         model.zero_grad()
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.3 * losses[0]
     for name, p in model.named_parameters():
         assert p.isfinite().all()
         assert torch.equal(p, before[name]) == ("lora" not in name), name  # the base stands still
