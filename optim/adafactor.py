@@ -185,8 +185,8 @@ class GaLoreAdafactor(ProjectedOptimizer):
             M \leftarrow C M, \qquad
             a_i \leftarrow \sum_l C_{il}^2\, a_l + \Big(1 - \sum_l C_{il}^2\Big) \operatorname{mean}(a).
 
-        The second term is for what the old basis did not span: of it the best guess is the mean, and a zero would give
-        it an unbounded first step. Columns are not touched by a rotation of rows, and b stays.
+        The second term is for what the old basis did not span: of it the best guess is the mean, and with a zero its
+        first step would be 1 / sqrt(1 - rho) times too long. A rotation of rows does not mix columns, and b stays.
         """
         row = matrix.member(matrix.state["exp_avg_sq_row"], j)
         shares = overlap.square().to(row.dtype)
@@ -216,9 +216,7 @@ class GaLoreAdafactor(ProjectedOptimizer):
             if group["beta1"] is not None:
                 u = average_(state["exp_avg"], u, group["beta1"], self._draw(p, group, EXP_AVG))
             if isinstance(eta, Tensor) and group["weight_decay"]:
-                keep = (1 - group["weight_decay"] * eta).view(-1)
-                key = weight_rounding(self, p, group, DECAY)
-                rewrite_(p, view, lambda w, j, _, keep=keep: w.mul_(keep[j]), u.dtype, key, whole=True)
+                self._decay_(p, view, eta, group)
             projection.write_back_(
                 p,
                 view,
@@ -228,6 +226,15 @@ class GaLoreAdafactor(ProjectedOptimizer):
                 beta=1 if isinstance(eta, Tensor) else 1 - group["weight_decay"] * eta,
                 rounding=weight_rounding(self, p, group),
             )
+
+    def _decay_(self, p: Tensor, view: MatrixView, eta: Tensor, group: Group) -> None:
+        """W <- (1 - eta lambda) W, in a pass of its own: as a factor of the write-back, eta would have to be read."""
+        keep = (1 - group["weight_decay"] * eta).view(-1)
+
+        def scale_(w: Tensor, j: int, rows: slice) -> None:
+            w.mul_(keep[j])
+
+        rewrite_(p, view, scale_, eta.dtype, weight_rounding(self, p, group, DECAY), whole=True)
 
     def _dense_step_(self, params: list[Tensor], group: Group) -> None:
         for p in params:
