@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from slimstate.optim import FRUGAL, SGDP, AdamP, AdamW, GaLoreAdamW
+from slimstate.optim import FRUGAL, SGDP, AdamP, AdamW, GaLoreAdafactor, GaLoreAdamW, GradNormLoRP
 
 STEPS = 200
 SHAPE = (6, 9)
@@ -33,6 +33,9 @@ CASES = {
     "GaLoreAdamW, svd": (GaLoreAdamW, SMALL, 0.3),
     "GaLoreAdamW, power": (GaLoreAdamW, SMALL | {"projection": "power"}, 0.3),
     "GaLoreAdamW, random": (GaLoreAdamW, SMALL | {"projection": "random", "transport": "reset"}, 0.3),
+    "GaLoreAdafactor": (GaLoreAdafactor, SMALL | {"scale_parameter": False}, 0.3),
+    "GaLoreAdafactor, beta1": (GaLoreAdafactor, SMALL | {"scale_parameter": False, "beta1": 0.5}, 0.3),
+    "GradNormLoRP": (GradNormLoRP, SMALL, 0.2),
     "GaLoreAdamW, full rank": (GaLoreAdamW, {"rank": 6, "update_proj_gap": 1000}, 0.3),
 }
 every = pytest.mark.parametrize("name", CASES)
@@ -42,7 +45,7 @@ few = settings(max_examples=settings().max_examples // 10)  # each is a whole tr
 def minimise(name, loss, w, **settings):
     kind, own, lr = CASES[name]
     own = {"scale": 1.0} | own if "scale" in kind([w]).param_groups[0] else own
-    optimizer = kind([w], **{"weight_decay": 0.0, **own, **settings})
+    optimizer = kind([w], lr=lr, **{"weight_decay": 0.0, **own, **settings})
     for t in range(STEPS):
         optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * t / STEPS)) / 2
         optimizer.zero_grad()
