@@ -386,7 +386,9 @@ def test_parameters_can_be_swapped_before_the_first_step(name):
     assert_equal([p.detach() for p in optimizer.param_groups[0]["params"]], weights(other))
 
 
-@pytest.mark.parametrize("name", ["AdamW", "GaLoreAdamW, svd, rotate", "GaLoreAdamW, svd, reset"])
+@pytest.mark.parametrize(
+    "name", ["AdamW", "GaLoreAdamW, svd, rotate", "GaLoreAdamW, svd, reset", "GradNormLoRP, svd, rotate"]
+)
 def test_groups_are_like_separate_optimizers(name):
     net, a, b = model(), model(), model()
     settings = [{"lr": 0.05, "weight_decay": 0.3}, {"lr": 0.001, "betas": (0.5, 0.9)}]
@@ -403,14 +405,22 @@ def test_groups_are_like_separate_optimizers(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["AdamW", "GaLoreAdamW, svd, rotate", "GaLoreAdamW, svd, reset", "GaLoreAdafactor, beta1"]
+    "name",
+    [
+        "AdamW",
+        "GaLoreAdamW, svd, rotate",
+        "GaLoreAdamW, svd, reset",
+        "GaLoreAdafactor, beta1",
+        "GradNormLoRP, svd, rotate",
+        "FRUGAL, columns",
+    ],
 )
 def test_parameters_of_several_dtypes_share_a_group(name):
     dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.float32]
     shapes = [(12, 20), (20, 12), (9, 15), (12, 20), (7,)]
     params = [torch.nn.Parameter(torch.randn(s).to(d)) for s, d in zip(shapes, dtypes, strict=True)]
     alone = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    settings = {"stochastic_rounding": False} | ({"update_proj_gap": 100} if "GaLore" in name else {})
+    settings = {"stochastic_rounding": False} | ({"update_proj_gap": 100} if name != "AdamW" else {})
     joint, separate = build(name, params, **settings), []
     for q in alone:
         matrix = torch.nn.Parameter(torch.ones(9, 12))  # a rank needs a matrix; without a gradient it stands still

@@ -161,12 +161,11 @@ def test_row_norms_are_the_lengths_and_full_rank_directions_are_tangential(shape
         torch.testing.assert_close(up, dv.mT if matrix.view.transposed else dv, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (14, 14)])
-@pytest.mark.parametrize("rank", [1.0, 3])
-def test_without_lengths_it_is_galore_on_the_tangential_gradient(shape, rank):
+@given(shape=st.sampled_from([(12, 20), (20, 12), (14, 14)]), rank=st.sampled_from([1.0, 3]), seed=st.integers(0, 99))
+def test_without_lengths_it_is_galore_on_the_tangential_gradient(shape, rank, seed):
     """P6: with rows put back to length 1 after each step W is V, and the same is GaLore with normalised rows."""
-    grads = gradients(shape, 7)
-    p = parameter(shape)
+    grads = gradients(shape, 7, seed=seed)
+    p = parameter(shape, seed=seed)
     with torch.no_grad():
         p.div_(row_norms(p)[:, None])
     q = torch.nn.Parameter(p.detach().clone())
@@ -179,7 +178,7 @@ def test_without_lengths_it_is_galore_on_the_tangential_gradient(shape, rank):
         with torch.no_grad():
             p.div_(row_norms(p)[:, None]).mul_(optimizer.state[p]["lengths"].sign()[:, None])
             q.div_(row_norms(q)[:, None])
-        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-7)
 
 
 @given(seed=st.integers(0, 99), side=st.sampled_from(SIDES), shape=st.sampled_from([(9, 14), (14, 9)]))
@@ -239,21 +238,26 @@ def test_a_length_goes_through_zero_and_its_direction_does_not_jump():
 # Rows without a direction.
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (8, 3, 2, 2)])
-def test_zero_rows_stay_finite_and_train(shape, dtype):
+@given(
+    shape=st.sampled_from([(12, 20), (20, 12), (8, 3, 2, 2)]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    dead=st.sets(st.integers(0, 7), min_size=1),
+    side=st.sampled_from(SIDES),
+    seed=st.integers(0, 99),
+)
+def test_zero_rows_stay_finite_and_train(shape, dtype, dead, side, seed):
     """P4."""
-    p = parameter(shape, dtype)
+    p, dead = parameter(shape, dtype), sorted(dead)
     with torch.no_grad():
-        p[[0, 5]] = 0
-    optimizer = GradNormLoRP([p], lr=0.01, rank=3, update_proj_gap=2)
-    for step, g in enumerate(gradients(shape, 6, dtype)):
+        p[dead] = 0
+    optimizer = GradNormLoRP([p], lr=0.01, rank=3, update_proj_gap=2, side=side)
+    for step, g in enumerate(gradients(shape, 6, dtype, seed)):
         run(optimizer, [p], [[g]])
         assert p.isfinite().all()
         assert (row_norms(p) > 0).all()
         lengths = optimizer.state[p]["lengths"]
         assert lengths.isfinite().all()
-        assert (lengths[[0, 5]] == 0).all() == (step == 0)  # from its first step on a row has a length
+        assert (lengths[dead] == 0).all() if step == 0 else (lengths[dead] != 0).all()  # of the second step on
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -518,15 +522,19 @@ def test_maximize_is_the_opposite_gradient(shape):
     torch.testing.assert_close(*weights, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_and_storages_are_left_alone(dtype):
+@given(
+    shapes=st.lists(st.sampled_from([(12, 20), (20, 12), (8, 3, 2, 2), (20, 2, 3, 3), (6,), ()]), max_size=4),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    channels_last=st.booleans(),
+)
+def test_gradients_and_storages_are_left_alone(shapes, dtype, channels_last):
     """P5."""
-    shapes = [(12, 20), (20, 12), (8, 3, 2, 2), (6,), ()]
-    params = [parameter(shape, dtype) for shape in shapes]
-    params.append(torch.nn.Parameter(parameter((20, 2, 3, 3), dtype).detach().to(memory_format=torch.channels_last)))
+    params = [parameter(shape, dtype) for shape in [(9, 15), *shapes]]
+    if channels_last:
+        params += [torch.nn.Parameter(p.detach().to(memory_format=torch.channels_last)) for p in params if p.ndim == 4]
     pointers = [(p.data_ptr(), p.stride()) for p in params]
     optimizer = GradNormLoRP(params, rank=2, update_proj_gap=2, weight_decay=0.1)
-    for _ in range(4):
+    for _ in range(3):
         for p in params:
             p.grad = torch.randn_like(p)
         grads, copies = [p.grad for p in params], [p.grad.clone() for p in params]
