@@ -412,7 +412,7 @@ def test_groups_are_like_separate_optimizers(name):
         "GaLoreAdamW, svd, reset",
         "GaLoreAdafactor, beta1",
         "GradNormLoRP, svd, rotate",
-        "FRUGAL, columns",
+        "FRUGAL, svd, sgdm, sgd",
     ],
 )
 def test_parameters_of_several_dtypes_share_a_group(name):
