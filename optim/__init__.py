@@ -13,17 +13,21 @@ from .frugal import FRUGAL
 from .galore import GaLoreAdamW
 from .gradnorm import GradNormLoRP
 from .groups import ParamGroups, param_groups
+from .layer_sampling import LISA, OwLore, outlier_scores
 from .memory import state_bytes
 
 __all__ = [
     "FRUGAL",
+    "LISA",
     "SGDP",
     "AdamP",
     "AdamW",
     "GaLoreAdafactor",
     "GaLoreAdamW",
     "GradNormLoRP",
+    "OwLore",
     "ParamGroups",
+    "outlier_scores",
     "param_groups",
     "state_bytes",
 ]

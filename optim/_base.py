@@ -2,7 +2,7 @@
 dtypes, and checkpoints that are loaded whole or refused whole."""
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any, overload
 
@@ -55,7 +55,7 @@ class Optimizer(torch.optim.Optimizer):
     """A torch optimizer whose mathematics is in `_step_group`, and whose state is declared by `_spec`.
 
     The state of a parameter is flat: `step` (0-d float32, on the CPU), `stream` (an int that numbers its random draws)
-    and the tensors of `_spec`. The first step creates all of it.
+    and the tensors of `_spec`. The first step creates all of it; `forget` leaves `stream` alone.
     """
 
     def __init__(self, params: ParamsT, defaults: Group) -> None:
@@ -140,10 +140,11 @@ class Optimizer(torch.optim.Optimizer):
 
     def _create_states(self) -> None:
         for position, (name, p, group) in enumerate(self._named()):
-            if p.grad is None or self.state[p]:
+            if p.grad is None or "step" in self.state[p]:
                 continue
             # By name where there is one, so that the draws do not depend on the order of the parameters.
             stream = zlib.crc32(name.encode()) if "param_names" in group else position
+            stream = self.state[p].get("stream", stream)
             state: State = {"step": torch.zeros((), dtype=torch.float32), "stream": stream}
             passing = self._passing(p, group)
             for key, (shape, dtype) in self._spec(p, group).items():
@@ -159,6 +160,15 @@ class Optimizer(torch.optim.Optimizer):
             for i, p in enumerate(group["params"]):
                 yield group["param_names"][i] if "param_names" in group else f"number {position}", p, group
                 position += 1
+
+    def forget(self, params: Iterable[Tensor]) -> None:
+        """Drops the state of parameters: their next step is as their first, but what is random in it is drawn anew.
+
+        Of their state only `stream` remains, another one than before.
+        """
+        for p in params:
+            if "step" in (state := self.state.get(p, {})):
+                self.state[p] = {"stream": counter_key(state["stream"])}
 
     def _draw(self, p: Tensor, group: Group, purpose: int) -> int:
         """The key of one purpose's random bits in this step: a function of the seed, the parameter and the step."""
@@ -207,7 +217,7 @@ class Optimizer(torch.optim.Optimizer):
         saved = chain.from_iterable(((key, group) for key in group["params"]) for group in saved_groups)
         for (name, p, _), (key, group) in zip(self._named(), saved, strict=True):
             state = state_dict["state"].get(key)
-            if not state:
+            if not state or state.keys() == {"stream"}:
                 continue
             if "step" not in state:
                 raise ValueError(f"the checkpoint does not fit this model: parameter {name} has no 'step'")
@@ -235,7 +245,7 @@ class Optimizer(torch.optim.Optimizer):
         for position, (_, p, _) in enumerate(self._named()):
             if entry := self.state.get(p):
                 entry.setdefault("stream", position)
-                if not isinstance(entry["step"], Tensor):
+                if "step" in entry and not isinstance(entry["step"], Tensor):
                     entry["step"] = torch.tensor(float(entry["step"]), dtype=torch.float32)
 
 

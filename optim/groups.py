@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Decision", "ParamGroups", "param_groups"]
+__all__ = ["Decision", "ParamGroups", "param_groups", "vocabulary_parameters"]
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -60,6 +60,7 @@ def param_groups(
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    embeddings: str = "dense",
     rank: int | float = 0.25,
     **settings: Any,
 ) -> ParamGroups:
@@ -74,6 +75,8 @@ def param_groups(
         model: any module.
         include: glob patterns of names (`"*.embed_tokens.weight"`) that are projected whatever their module is.
         exclude: glob patterns of names that stay dense.
+        embeddings: `dense`, or `projected` for embedding tables and an output head over the same vocabulary, which are
+            most of the state of a small model or of one with few layers awake.
         rank: the projected groups' rank, as in `GaLoreAdamW`.
         settings: further keys of the projected groups, such as `update_proj_gap`, `scale` or `side`.
 
@@ -83,7 +86,7 @@ def param_groups(
 
     Raises:
         ValueError: if a pattern matches no trainable parameter or stands alone as a string, if `include` names one that
-            has no matrix, or if nothing is left to project.
+            has no matrix, if `embeddings` is neither of the two, or if nothing is left to project.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(100, 32), nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
@@ -98,17 +101,22 @@ def param_groups(
     for option, patterns in (("include", include), ("exclude", exclude)):
         if isinstance(patterns, str):
             raise ValueError(f"{option} must be a list of patterns, got the string {patterns!r}")
+    if embeddings not in ("dense", "projected"):
+        raise ValueError(f"embeddings must be one of dense, projected, got {embeddings!r}")
     found = list(_parameters(model))
     for pattern in (*include, *exclude):
         if not any(fnmatchcase(name, pattern) for name, *_ in found):
             raise ValueError(f"the pattern {pattern!r} matches no trainable parameter of the model")
     embedded = {id(p) for module in model.modules() if isinstance(module, EMBEDDINGS) for p in module.parameters()}
     heads = _output_heads(model)
+    vocabulary = vocabulary_parameters(model) if embeddings == "projected" else set()
 
     groups: dict[str, list[tuple[str, Tensor]]] = {}
     decisions = []
     for name, p, module in found:
         projected, batch_dims, why = _decide(name, p, module, embedded, heads)
+        if id(p) in vocabulary and p.ndim == 2:
+            projected, batch_dims, why = _if_large(p, 0, why)
         if any(fnmatchcase(name, pattern) for pattern in exclude):
             projected, why = False, "excluded by name"
         elif any(fnmatchcase(name, pattern) for pattern in include):
@@ -154,6 +162,15 @@ def _output_heads(model: nn.Module) -> set[int]:
             if named or last.out_features in vocabularies - {last.in_features}:
                 head = last
     return {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
+
+
+def vocabulary_parameters(model: nn.Module) -> set[int]:
+    """The ids of the parameters of embeddings, and of an output head over the vocabulary, which has as many outputs as
+    the largest embedding has rows; a classifier is none."""
+    tables = [module for module in model.modules() if isinstance(module, EMBEDDINGS)]
+    rows, heads = max((table.num_embeddings for table in tables), default=0), _output_heads(model)
+    head = {id(p) for p in model.parameters() if id(p) in heads and p.shape[0] == rows}
+    return head | {id(p) for table in tables for p in table.parameters()}
 
 
 def _decide(name: str, p: Tensor, module: nn.Module, embedded: set[int], heads: set[int]) -> tuple[bool, int, str]:
