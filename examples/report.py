@@ -93,10 +93,10 @@ def measures(name: str, run: dict[str, Any], adamw: dict[str, Any] | None, corpu
     return row
 
 
-def text_table(rows: list[dict[str, Any]]) -> str:
+def text_table(rows: list[dict[str, Any]], columns: dict[str, str] = COLUMNS) -> str:
     """Columns aligned to the right, all but the first."""
-    cells = [list(COLUMNS)]
-    cells += [[form.format(row[key]) if key in row else "-" for key, form in COLUMNS.items()] for row in rows]
+    cells = [list(columns)]
+    cells += [[form.format(row[key]) if key in row else "-" for key, form in columns.items()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * width for width in widths])
     lines = []

@@ -87,7 +87,7 @@ class LayerSampler:
             if id(p) in vocabulary:
                 p.requires_grad_(False)
                 p.grad = None
-        # No state is dropped yet: it may have been loaded, for the layers that `load_state_dict` is about to wake.
+        # No state is dropped yet: it may have been loaded, for layers that `load_state_dict` will wake.
         self._toggle()
 
     def _check_layers(self, optimizer: torch.optim.Optimizer, names: dict[int, str], found: int, active: int) -> None:
@@ -230,10 +230,11 @@ class LayerSampler:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on within the saved interval, with the saved draws; to be called after the optimizer's.
+        """Goes on within the saved interval, with the saved draws.
 
         As a scheduler's, it brings the saved `active`, `interval`, `seed` and scores with it; `state_policy` and
-        `embeddings` stay as constructed.
+        `embeddings` stay as constructed. `torch.distributed.checkpoint` loads an optimizer's state for those parameters
+        that are trainable then, and takes a step of its own: load the sampler before, and attach it after.
 
         Raises:
             ValueError: if it belongs to other layers, before anything is changed.
@@ -288,7 +289,7 @@ class LISA(LayerSampler):
     - DistributedDataParallel needs `find_unused_parameters=True`. Reentrant gradient checkpointing of a frozen first
       layer needs inputs with gradients (transformers: `model.enable_input_require_grads()`). Fully sharded models,
       which hold flat states, are not supported yet.
-    - Checkpoints: build model, optimizer and sampler, then load them, the sampler last.
+    - Checkpoints: build model, optimizer and sampler; load the model, the sampler, the optimizer; `attach` last.
 
     Where this differs from LMFlow: state is dropped, as in the paper's runs (each interval a run of its own), not kept
     for every layer that was ever awake; draws depend on no global generator; a layer that the optimizer lacks is an

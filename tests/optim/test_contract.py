@@ -373,6 +373,24 @@ def test_every_parameter_has_all_its_state_after_its_first_step(name):
 
 
 @every
+def test_a_forgotten_parameter_begins_anew(name):
+    net = model()
+    optimizer = build(name, net.parameters())
+    train(net, optimizer, 0, 3)
+    forgotten, other = net[3].weight, net[5].weight
+    keys, stream = set(optimizer.state[forgotten]), optimizer.state[forgotten]["stream"]
+    optimizer.forget([forgotten])
+    assert state_bytes(optimizer, [forgotten]) == 0
+    copied = copy.deepcopy(net)
+    resumed = build(name, copied.parameters())
+    resumed.load_state_dict(optimizer.state_dict())
+    assert_same_continuation(net, optimizer, copied, resumed, 3, steps=2)
+    assert set(optimizer.state[forgotten]) == keys
+    assert optimizer.state[forgotten]["stream"] != stream
+    assert (optimizer.state[forgotten]["step"].item(), optimizer.state[other]["step"].item()) == (2, 5)
+
+
+@every
 def test_parameters_can_be_swapped_before_the_first_step(name):
     """As accelerate does under FSDP2, and `module.to(dtype)` by its data."""
     net, other = model(), model()
