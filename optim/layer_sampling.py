@@ -98,6 +98,8 @@ class LayerSampler:
             )
         if active > len(self._layers):
             raise ValueError(f"active={active!r} layers were asked for, but {len(self._layers)} of {found} can train")
+        if any(hasattr(p, "placements") for params in self._layers.values() for p in params):
+            raise NotImplementedError(f"{type(self).__name__} does not take sharded parameters (DTensor) yet")
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         missing = [names[id(p)] for params in self._layers.values() for p in params if id(p) not in held]
         if missing:
@@ -195,11 +197,6 @@ class LayerSampler:
     def _park(self) -> None:
         """Moves state to the CPU for sleeping parameters, and back for the others."""
         awake = self._parameters(self.awake)
-        for p, keys in list(self._parked.items()):
-            if p in awake:
-                for key in keys:
-                    self.optimizer.state[p][key] = self.optimizer.state[p][key].to(p.device, non_blocking=True)
-                del self._parked[p]
         for p in self._sampled_parameters():
             if p in awake or p.device.type == "cpu":
                 continue
@@ -210,6 +207,10 @@ class LayerSampler:
                 state[key] = there.copy_(state[key])
             if keys:
                 self._parked[p] = keys
+        for p in awake & self._parked.keys():
+            state = self.optimizer.state[p]
+            for key in self._parked.pop(p):
+                state[key] = state[key].to(p.device, non_blocking=True)
 
     def _park_again(self, _: torch.optim.Optimizer) -> None:
         """A load brings every state to its parameter's device."""
@@ -244,10 +245,10 @@ class LayerSampler:
             raise ValueError(f"a sampler's state has {', '.join(own)}, got {', '.join(map(str, state_dict))}")
         theirs = [_unwrapped(name) for name in state_dict["layers"]]
         if theirs != own["layers"]:
-            differing = sorted(set(theirs) ^ set(own["layers"])) or "their order"
+            differing = sorted(set(theirs) ^ set(own["layers"]))
             raise ValueError(
                 f"the state belongs to a sampler of {len(theirs)} layers, this one has {len(self._layers)}; "
-                f"they differ in {differing if isinstance(differing, str) else differing[0]}"
+                f"they differ in {differing[0] if differing else 'their order'}"
             )
         self._steps, self.active, self.interval, self.seed = (
             int(state_dict[key]) for key in ("steps", "active", "interval", "seed")
@@ -313,6 +314,7 @@ class LISA(LayerSampler):
     Raises:
         ValueError: for a value out of range, layers that are not found, repeated or nested, more `active` layers than
             can train, or an optimizer that lacks a layer's parameters; before anything is changed.
+        NotImplementedError: for sharded parameters (DTensor).
 
     Example:
         >>> model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)), nn.Linear(8, 2))

@@ -287,7 +287,7 @@ def test_offloaded_state_waits_on_the_cpu_and_comes_back(make):
     optimizers[1].load_state_dict(copy.deepcopy(optimizers[1].state_dict()))
     check()
     cuda_step(11, 16)
-    assert same(weights(models[0]), weights(models[1]))
+    torch.testing.assert_close(weights(models[0]), weights(models[1]))
 
 
 # Draws.
@@ -845,6 +845,19 @@ def test_an_optimizer_that_lacks_a_layer_is_refused():
     model.layers.requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter of the 5 layers is trainable"):
         LISA(model, optimizer)
+
+
+def test_sharded_layers_are_refused():
+    distributed = pytest.importorskip("torch.distributed.tensor")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        model[1].weight = nn.Parameter(distributed.distribute_tensor(model[1].weight, mesh))
+        with pytest.raises(NotImplementedError, match="LISA does not take sharded parameters"):
+            LISA(model, torch.optim.AdamW(model.parameters()))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_freezing_embeddings_that_are_not_there_is_refused():
