@@ -8,7 +8,17 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from slimstate.optim import FRUGAL, AdamP, AdamW, GaLoreAdafactor, GaLoreAdamW, GradNormLoRP, param_groups, state_bytes
+from slimstate.optim import (
+    FRUGAL,
+    SGDP,
+    AdamP,
+    AdamW,
+    GaLoreAdafactor,
+    GaLoreAdamW,
+    GradNormLoRP,
+    param_groups,
+    state_bytes,
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,11 @@ def adamw(model: nn.Module, lr: float, args: Namespace) -> torch.optim.Optimizer
 def adamp(model: nn.Module, lr: float, args: Namespace) -> torch.optim.Optimizer:
     """AdamP on everything, with AdamW's decay."""
     return AdamP(model.named_parameters(), lr=lr, weight_decay=0.01)
+
+
+def sgdp(model: nn.Module, lr: float, args: Namespace) -> torch.optim.Optimizer:
+    """SGDP on everything, with Nesterov's momentum as in its paper."""
+    return SGDP(model.named_parameters(), lr=lr, momentum=0.9, nesterov=True)
 
 
 def galore(model: nn.Module, lr: float, args: Namespace) -> torch.optim.Optimizer:
@@ -105,9 +120,10 @@ LOW_RANK = ("rank", "update_proj_gap", "scale")
 RECIPES = {
     "adamw": Recipe(adamw, lr_factor=1),
     "adamp": Recipe(adamp, lr_factor=1),
+    "sgdp": Recipe(sgdp, lr_factor=30),
     "galore": Recipe(galore, lr_factor=4, options=LOW_RANK),
     "frugal": Recipe(frugal, lr_factor=1, options=("rank", "update_proj_gap")),
-    "frugal-runs": Recipe(partial(frugal, contiguous=True), lr_factor=1, options=("rank", "update_proj_gap")),
+    "frugal-contiguous": Recipe(partial(frugal, contiguous=True), lr_factor=1, options=("rank", "update_proj_gap")),
     "galore-adafactor": Recipe(galore_adafactor, lr_factor=4, options=LOW_RANK),
     "galore-torch": Recipe(galore_torch, lr_factor=4, options=LOW_RANK),
     "gradnorm": Recipe(gradnorm, lr_factor=4, options=LOW_RANK),

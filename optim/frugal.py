@@ -262,11 +262,12 @@ class FRUGAL(ProjectedOptimizer):
         return {} if group["density"] == 0 else rule_spec(p, group, tuple(p.shape))
 
     def _held(self, p: Tensor, group: Group) -> Spec:
-        spec = super()._held(p, group)
-        if (passing := self._passing(p, group)) and not self._turn(p, group, int(self.state.get(p, {}).get("step", 1)))[
-            0
-        ]:
-            return {key: entry for key, entry in spec.items() if key not in passing}
+        spec, passing = super()._held(p, group), self._passing(p, group)
+        if passing:
+            tensors = [q for q in group["params"] if self._is_chosen(q, group)]
+            place = next(i for i, q in enumerate(tensors) if q is p)
+            if not self._has_turn(place, len(tensors), group, int(self.state.get(p, {}).get("step", 1))):
+                return {key: entry for key, entry in spec.items() if key not in passing}
         return spec
 
     def _passing(self, p: Tensor, group: Group) -> frozenset[str]:
@@ -292,31 +293,30 @@ class FRUGAL(ProjectedOptimizer):
         """Gives moments to the tensors whose turn it is, takes them from the others, and returns both."""
         selected: list[Tensor] = []
         others: list[Tensor] = []
-        for p in group["params"]:
-            if p.grad is None or not self._is_chosen(p, group):
+        tensors = [p for p in group["params"] if self._is_chosen(p, group)]
+        for place, p in enumerate(tensors):
+            if p.grad is None:
                 continue
             state, moments = self.state[p], rule_spec(p, group, tuple(p.shape))
-            turn, fresh = self._turn(p, group, int(state["step"]))
-            (selected if turn else others).append(p)
-            if not turn:
+            step = int(state["step"])
+            if not self._has_turn(place, len(tensors), group, step):
                 for key in moments:
                     state.pop(key, None)
+                others.append(p)
                 continue
-            if fresh or not moments.keys() <= state.keys():
+            selecting = (step - 1) % group["update_proj_gap"] == 0 and self._count(group, len(tensors)) < len(tensors)
+            if selecting or not moments.keys() <= state.keys():
                 state["age"].zero_()
                 for key, (shape, dtype) in moments.items():
                     state[key] = torch.zeros(shape, dtype=dtype, device=p.device)
             state["age"] += 1
+            selected.append(p)
         return selected, others
 
-    def _turn(self, p: Tensor, group: Group, step: int) -> tuple[bool, bool]:
-        """Whether a tensor has moments in this step of its own, and whether a selection was just made."""
-        tensors = [q for q in group["params"] if self._is_chosen(q, group)]
-        place = next(i for i, q in enumerate(tensors) if q is p)
-        count = self._count(group, len(tensors))
-        interval, since = divmod(step - 1, group["update_proj_gap"])
-        turn = place in _turn(len(tensors), count, group["order"], group["seed"], interval)
-        return turn, since == 0 and count < len(tensors)
+    def _has_turn(self, place: int, tensors: int, group: Group, step: int) -> bool:
+        """Whether the tensor at this place among so many has moments in this step of its own."""
+        interval = (step - 1) // group["update_proj_gap"]
+        return place in _turn(tensors, self._count(group, tensors), group["order"], group["seed"], interval)
 
     def _count(self, group: Group, tensors: int) -> int:
         """How many of so many tensors are selected at a time."""
@@ -347,7 +347,8 @@ class FRUGAL(ProjectedOptimizer):
         gradients = view.members(p.grad)
 
         def edit(w: Tensor, j: int, s: slice) -> None:
-            w.mul_(1 - lr * group["weight_decay"])
+            if group["weight_decay"]:
+                w.mul_(1 - lr * group["weight_decay"])
             if group["outer"] != "none":
                 g = gradients[j][s].to(w.dtype).reshape(w.shape)
                 w.add_(g.sign() if group["outer"] == "sign" else g, alpha=-step)
