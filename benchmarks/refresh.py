@@ -119,8 +119,8 @@ def refresh_of(gradient: Tensor, rank: int | float, projection: str) -> Callable
     optimizer.step()
     group, state = optimizer.param_groups[0], optimizer.state[p]
     state["step"] += 1
-    matrix, rule = Matrix(p, optimizer._view(p, group), state), optimizer._projection(group)
-    return torch.no_grad()(lambda: optimizer._refresh(matrix, group, rule, scheduled=True))
+    matrix, rule = Matrix(p, optimizer._view(p, group), state, scheduled=True), optimizer._projection(group)
+    return torch.no_grad()(lambda: optimizer._refresh(matrix, group, rule))
 
 
 def galore_torch_projector(gradient: Tensor, rank: int | float) -> Callable[[], object] | None:

@@ -13,6 +13,7 @@ from slimstate.optim import (
     SGDP,
     AdamP,
     AdamW,
+    DCTAdamW,
     GaLoreAdafactor,
     GaLoreAdamW,
     GradNormLoRP,
@@ -94,6 +95,11 @@ def gradnorm(model: nn.Module, lr: float, args: Namespace) -> torch.optim.Optimi
     return GradNormLoRP(low_rank_groups(model, args), lr=lr)
 
 
+def dct(model: nn.Module, lr: float, args: Namespace, error_feedback: str | None = None) -> torch.optim.Optimizer:
+    """DCT-AdamW on the linear layers, with a choice of columns in every step."""
+    return DCTAdamW(param_groups(model, rank=args.rank, scale=args.scale), lr=lr, error_feedback=error_feedback)
+
+
 def low_rank_groups(model: nn.Module, args: Namespace) -> list[dict]:
     """The model's parameters, split into projected matrices and the rest."""
     return param_groups(model, rank=args.rank, update_proj_gap=args.update_proj_gap, scale=args.scale)
@@ -127,6 +133,8 @@ RECIPES = {
     "galore-adafactor": Recipe(galore_adafactor, lr_factor=4, options=LOW_RANK),
     "galore-torch": Recipe(galore_torch, lr_factor=4, options=LOW_RANK),
     "gradnorm": Recipe(gradnorm, lr_factor=4, options=LOW_RANK),
+    "dct": Recipe(dct, lr_factor=4, options=("rank", "scale")),
+    "dct-ef": Recipe(partial(dct, error_feedback="8bit"), lr_factor=4, options=("rank", "scale")),
     "signsgd": Recipe(lambda model, lr, args: SignSGD(model.parameters(), lr), lr_factor=1),
 }
 

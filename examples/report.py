@@ -35,7 +35,8 @@ COLUMNS = {
 LEGEND = """\
 loss, perplexity, bits/byte: on all held-out text. state bytes: what the optimizer keeps; on matrices: the part of
 it for the matrices that low-rank optimizers project. step ms: median time of optimizer.step() where no basis
-changes; refresh ms: what it takes longer for each basis that changes. minutes: training, without evaluations."""
+changes, or of all where some does in each; refresh ms: what it takes longer for each basis that changes. minutes:
+training, without evaluations."""
 
 
 def write_report(folder: Path, names: list[str], corpus: Corpus) -> str:
@@ -80,8 +81,7 @@ def measures(name: str, run: dict[str, Any], adamw: dict[str, Any] | None, corpu
         row["of AdamW's"] = run["state_bytes"] / adamw["state_bytes"]
         row["of its"] = run["matrix_state_bytes"] / adamw["matrix_state_bytes"]
     plain = [t for t, n in zip(progress["step_seconds"], progress["refreshed"], strict=True) if not n]
-    if plain:
-        row["step ms"] = 1e3 * statistics.median(plain)
+    row["step ms"] = 1e3 * statistics.median(plain or progress["step_seconds"])
     if plain and any(progress["refreshed"]):
         # The median again: a stall of the machine is not a refresh.
         longer = [

@@ -9,6 +9,7 @@ if __name__ != "slimstate.optim":
 from .adafactor import GaLoreAdafactor
 from .adamp import SGDP, AdamP
 from .adamw import AdamW
+from .dct import DCTAdamW
 from .frugal import FRUGAL
 from .galore import GaLoreAdamW
 from .gradnorm import GradNormLoRP
@@ -22,6 +23,7 @@ __all__ = [
     "SGDP",
     "AdamP",
     "AdamW",
+    "DCTAdamW",
     "GaLoreAdafactor",
     "GaLoreAdamW",
     "GradNormLoRP",

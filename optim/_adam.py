@@ -1,5 +1,6 @@
 """Adam: its hyperparameters, its step for dense parameters, and its direction for projected gradients."""
 
+import math
 from numbers import Integral, Real
 from typing import Any
 
@@ -16,6 +17,7 @@ from ._base import Group, Optimizer, Spec, State
 __all__ = [
     "adam_directions",
     "adamw_step_",
+    "aged_direction_",
     "check_adam",
     "check_lr",
     "check_not_negative",
@@ -232,6 +234,40 @@ def adam_directions(
             if moment is not value:
                 store_(moment, value, optimizer._draw(p, group, purpose))
     return us
+
+
+def aged_direction_(optimizer: Optimizer, p: Tensor, r: Tensor, group: Group, ages: Tensor) -> Tensor:
+    r"""As `adam_directions`, for one parameter whose moments differ in age from row to row; U takes the place of R.
+
+    Row i is corrected by its own :math:`1-\beta^{t_i}`, which no fused kernel does.
+
+    Args:
+        optimizer: whose state holds the moments.
+        p: the parameter.
+        r: R (r x k) or a stack of them, in the dtype of arithmetic; overwritten.
+        group: the hyperparameters; `maximize` turns U around.
+        ages: t of each row (r,) or (b, r), at least 1, this step included.
+
+    Returns:
+        U, of R's shape.
+    """
+    beta1, beta2 = group["betas"]
+    moments = [optimizer.state[p][key].flatten(0, -2) for key in ("exp_avg", "exp_avg_sq")]
+    rows, t = r.flatten(0, -2), ages.flatten()[:, None].to(r.dtype)
+    bias1, bias2 = (torch.expm1(t * (math.log(beta) if beta else -math.inf)).neg_() for beta in (beta1, beta2))
+    if not group["maximize"]:
+        bias1.neg_()
+    for s in blocks(rows, 0, r.itemsize):
+        g = rows[s]
+        m, v = (x[s].to(r.dtype) for x in moments)
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        root = (v / bias2[s]).sqrt_().add_(group["eps"])
+        torch.div(m, bias1[s], out=g).div_(root)
+        for moment, value, purpose in zip(moments, (m, v), (EXP_AVG, EXP_AVG_SQ), strict=True):
+            if moment.dtype != value.dtype:
+                store_(moment[s], value, optimizer._draw(p, group, purpose), s.start * rows.shape[1])
+    return r
 
 
 def weight_rounding(optimizer: Optimizer, p: Tensor, group: Group, purpose: int = WEIGHT) -> int | None:

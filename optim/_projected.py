@@ -38,11 +38,13 @@ class Matrix(NamedTuple):
         p: the parameter.
         view: how it is seen as a matrix, or a stack of them.
         state: the optimizer's state of p.
+        scheduled: whether a refresh is due in this step.
     """
 
     p: Tensor
     view: MatrixView
     state: State
+    scheduled: bool = False
 
     @property
     def m(self) -> Tensor:
@@ -280,20 +282,20 @@ class ProjectedOptimizer(Optimizer):
             if p.grad is None:
                 continue
             view = projection.view(tuple(p.shape), group["batch_dims"])
-            matrices.append(Matrix(p, view, self.state[p]))
             scheduled = due(int(self.state[p]["step"]), place, len(eligible), group["update_proj_gap"])
-            self._refresh(matrices[-1], group, projection, scheduled)
+            matrices.append(Matrix(p, view, self.state[p], scheduled))
+            self._refresh(matrices[-1], group, projection)
             if "age" in self.state[p]:
                 self.state[p]["age"] += 1
         for some in _in_blocks(matrices, projection):
             self._update(some, group, projection)
 
-    def _refresh(self, matrix: Matrix, group: Group, projection: Projection, scheduled: bool) -> None:
+    def _refresh(self, matrix: Matrix, group: Group, projection: Projection) -> None:
         """Fits a new basis where it is due, and carries the moments over.
 
         A matrix that has no basis yet is due at every step. One whose gradient is zero or not finite keeps what it has.
         """
-        p, view, state = matrix
+        p, view, state, scheduled = matrix
         refreshes = state["refreshes"].view(-1)
         if not scheduled and all(refreshes.tolist()):
             return

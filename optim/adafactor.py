@@ -198,7 +198,7 @@ class GaLoreAdafactor(ProjectedOptimizer):
 
     def _update(self, matrices: list[Matrix], group: Group, projection: Projection) -> None:
         for x in matrices:
-            p, view, state = x
+            p, view, state = x.p, x.view, x.state
             r = projection.down(x.m, state[projection.key])
             squares = r.square()
             a, b = inverse_roots_(

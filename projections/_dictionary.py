@@ -1,7 +1,7 @@
 """What bases share that are known from their size alone: which of their columns to keep, and how to write them back."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +12,39 @@ from ._base import IndexProjection, add_products_, compute_dtype, matrix_in_plac
 from ._blocks import BLOCK_BYTES, blocks, largest_magnitude
 from ._matrix import MatrixView
 
-__all__ = ["FixedDictionary"]
+__all__ = ["Columns", "FixedDictionary"]
+
+
+class Columns:
+    """A = M + E (d x k), read in blocks of columns, so that the sum need not exist.
+
+    Args:
+        m: M, of any floating dtype.
+        added: gives E[:, s] for a slice s, in the dtype of arithmetic; None where there is no E.
+        largest_added: max|E|, 0-d.
+    """
+
+    def __init__(
+        self, m: Tensor, added: Callable[[slice], Tensor] | None = None, largest_added: Tensor | None = None
+    ) -> None:
+        self.m = m
+        self.added = added
+        self.largest_added = largest_added
+
+    def blocks(self) -> Iterator[slice]:
+        """What to read at a time."""
+        return _columns(self.m, compute_dtype(self.m.dtype))
+
+    def read(self, s: slice) -> Tensor:
+        """A[:, s] in float32 (float64 for float64), to be overwritten at will."""
+        x = self.m[:, s].to(compute_dtype(self.m.dtype), copy=True)
+        return x if self.added is None else x.add_(self.added(s))
+
+    @property
+    def largest(self) -> Tensor:
+        """max|A| or more, 0-d; NaN if any entry of M is."""
+        largest = largest_magnitude(self.m).to(compute_dtype(self.m.dtype))
+        return largest if self.largest_added is None else largest + self.largest_added
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,24 +107,60 @@ class FixedDictionary(IndexProjection):
 
     def fit(self, m: Tensor, old: Tensor | None, counter: tuple[int, ...]) -> Tensor:
         """J (r, int32), sorted; neither `old` nor `counter` matters."""
-        d, rank = m.shape[0], self.rank_of(*m.shape)
-        if rank == d:
-            return torch.arange(d, dtype=torch.int32, device=m.device)
-        order = self._scores(m).sort(descending=True, stable=True).indices
-        return order[:rank].sort().values.to(torch.int32)
+        rank = self.rank_of(*m.shape)
+        if rank == m.shape[0]:
+            return _all(m)
+        a = Columns(m)
+        return _leading(self._scores(a, _scale(a.largest))[0], rank)
 
-    def _scores(self, m: Tensor) -> Tensor:
-        """The norms (d,) of S's rows, squared for l2, of M scaled to a largest magnitude in [1/2, 1)."""
-        dtype = compute_dtype(m.dtype)
-        exponent = torch.frexp(largest_magnitude(m).to(dtype)).exponent
-        low = 1 - torch.frexp(torch.tensor(torch.finfo(dtype).max, dtype=dtype)).exponent.item()
-        scale = torch.ldexp(torch.ones((), dtype=dtype, device=m.device), (-exponent).clamp(low + 1, -low))
-        scores = torch.zeros(m.shape[0], dtype=dtype, device=m.device)
-        for s in _columns(m, dtype):
-            block = m[:, s]
-            x = self._transform(block * scale if block.dtype == dtype else block.to(dtype).mul_(scale))
-            scores += (x.abs_() if self.norm == 1 else x.square_()).sum(1)
-        return scores
+    def fit_down(self, a: Columns, old: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """J, R = Q_J^T A, and whether A could be used, as a 0-d tensor: what is zero or not finite keeps the old J.
+
+        Nothing waits for the device. Where A fits in one block of columns its coefficients are computed once.
+
+        Args:
+            a: A (d x k).
+            old: J before; None at first, where any J will do for an A that cannot be used.
+        """
+        d, k = a.m.shape
+        rank = self.rank_of(d, k)
+        if rank == d:
+            index, usable = _all(a.m), (a.largest > 0) & a.largest.isfinite()
+            return index, self.coefficients(a, index), usable
+        scale = _scale(a.largest)
+        scores, only = self._scores(a, scale)
+        total = scores.sum()
+        usable, index = (total > 0) & total.isfinite(), _leading(scores, rank)
+        if old is not None:
+            index = torch.where(usable, index, old)
+        r = self.coefficients(a, index) if only is None else only.index_select(0, index).div_(scale)
+        return index, r, usable
+
+    def _scores(self, a: Columns, scale: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The norms (d,) of the rows of scale S, squared for l2; and scale S itself where it is one block."""
+        scores, every = torch.zeros(a.m.shape[0], dtype=scale.dtype, device=scale.device), list(a.blocks())
+        for s in every:
+            x = self._transform(a.read(s).mul_(scale))
+            scores += (x.abs() if self.norm == 1 else x.square()).sum(1)
+        return scores, x if len(every) == 1 else None
+
+    def coefficients(self, a: Columns, index: Tensor) -> Tensor:
+        """R = Q_J^T A (r x k), by a product or by the transform."""
+        m, dtype = a.m, compute_dtype(a.m.dtype)
+        by_transform = self._by_transform(len(index), len(m))
+        r = torch.empty(len(index), m.shape[1], dtype=dtype, device=m.device)
+        if a.added is None and m.dtype == dtype and not by_transform:
+            for s, rows in self._pieces(index, len(m), dtype):
+                torch.mm(rows, m, out=r[s])
+            return r
+        for columns in a.blocks():
+            x = a.read(columns)
+            if by_transform:
+                r[:, columns] = self._transform(x).index_select(0, index)
+                continue
+            for s, rows in self._pieces(index, len(m), dtype):
+                torch.mm(rows, x, out=r[s, columns])
+        return r
 
     def _pieces(self, basis: Tensor, d: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """Q_J^T (r x d) in runs of rows within `BLOCK_BYTES`, also while they are made."""
@@ -102,20 +170,10 @@ class FixedDictionary(IndexProjection):
             yield s, self._rows(basis[s], d, dtype)
 
     def down(self, m: Tensor, basis: Tensor) -> Tensor:
-        """R = Q_J^T M (r x k), in float32 (float64 for float64), by a product or by the transform."""
+        """R = Q_J^T M (r x k), in float32 (float64 for float64)."""
         if basis.ndim > 1:
             return torch.stack([self.down(*pair) for pair in zip(m, basis, strict=True)])
-        dtype = compute_dtype(m.dtype)
-        r = torch.empty(len(basis), m.shape[1], dtype=dtype, device=m.device)
-        if self._by_transform(len(basis), m.shape[0]):
-            for columns in _columns(m, dtype):
-                r[:, columns] = self._transform(m[:, columns].to(dtype, copy=True)).index_select(0, basis)
-            return r
-        for columns in [slice(None)] if m.dtype == dtype else _columns(m, dtype):
-            wide = m[:, columns].to(dtype)
-            for s, rows in self._pieces(basis, m.shape[0], dtype):
-                torch.mm(rows, wide, out=r[s, columns])
-        return r
+        return self.coefficients(Columns(m), basis)
 
     def up(self, r: Tensor, basis: Tensor, d: int) -> Tensor:
         """Q_J R (d x k)."""
@@ -166,3 +224,20 @@ class FixedDictionary(IndexProjection):
 def _columns(m: Tensor, dtype: torch.dtype) -> Iterator[slice]:
     """Runs of columns to transform: half a block, since a half spectrum is a little larger than what it came from."""
     return blocks(m, 1, 2 * dtype.itemsize)
+
+
+def _all(m: Tensor) -> Tensor:
+    return torch.arange(m.shape[0], dtype=torch.int32, device=m.device)
+
+
+def _scale(largest: Tensor) -> Tensor:
+    """The power of two that takes `largest` into [1/2, 1), or near it from where its own dtype has none."""
+    tiny = torch.finfo(largest.dtype).tiny
+    largest = largest.nan_to_num(1.0).clamp(tiny, 1 / tiny)
+    return torch.frexp(largest).mantissa / largest
+
+
+def _leading(scores: Tensor, rank: int) -> Tensor:
+    """The `rank` largest scores, sorted by index; the first of equal ones."""
+    order = scores.sort(descending=True, stable=True).indices
+    return order[:rank].sort().values.to(torch.int32)

@@ -14,7 +14,17 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from slimstate.optim import FRUGAL, SGDP, AdamP, AdamW, GaLoreAdafactor, GaLoreAdamW, GradNormLoRP, state_bytes
+from slimstate.optim import (
+    FRUGAL,
+    SGDP,
+    AdamP,
+    AdamW,
+    DCTAdamW,
+    GaLoreAdafactor,
+    GaLoreAdamW,
+    GradNormLoRP,
+    state_bytes,
+)
 
 # name -> (class, settings for matrices, settings for every parameter)
 CASES = {
@@ -69,8 +79,19 @@ CASES |= {
     name.replace("GaLoreAdamW", "GradNormLoRP"): (GradNormLoRP, *CASES[name][1:])
     for name in ("GaLoreAdamW, svd, rotate", "GaLoreAdamW, power, keep", "GaLoreAdamW, random, reset")
 }
+CASES |= {
+    f"DCTAdamW, {name}": (DCTAdamW, {"rank": 3, **settings}, {})
+    for name, settings in {
+        "every step": {},
+        "every third": {"update_proj_gap": 3},
+        "keep": {"update_proj_gap": 2, "transport": "keep", "norm": 2},
+        "hadamard, errors": {"projection": "hadamard", "error_feedback": "param"},
+        "8-bit errors": {"error_feedback": "8bit", "update_proj_gap": 2},
+        "4-bit errors": {"error_feedback": "4bit"},
+    }.items()
+}
 FEW = ["AdamW", "AdamP", "GaLoreAdamW, svd, rotate", "GaLoreAdamW, power, keep", "GaLoreAdamW, random, reset"]
-FEW += ["GradNormLoRP, svd, rotate"]
+FEW += ["GradNormLoRP, svd, rotate", "DCTAdamW, 8-bit errors"]
 every = pytest.mark.parametrize("name", CASES)
 few = pytest.mark.parametrize("name", FEW)
 

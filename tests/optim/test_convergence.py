@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from slimstate.optim import FRUGAL, SGDP, AdamP, AdamW, GaLoreAdafactor, GaLoreAdamW, GradNormLoRP
+from slimstate.optim import FRUGAL, SGDP, AdamP, AdamW, DCTAdamW, GaLoreAdafactor, GaLoreAdamW, GradNormLoRP
 
 STEPS = 200
 SHAPE = (6, 9)
@@ -36,6 +36,9 @@ CASES = {
     "GaLoreAdafactor": (GaLoreAdafactor, SMALL | {"scale_parameter": False}, 0.3),
     "GaLoreAdafactor, beta1": (GaLoreAdafactor, SMALL | {"scale_parameter": False, "beta1": 0.5}, 0.3),
     "GradNormLoRP": (GradNormLoRP, SMALL, 0.2),
+    "DCTAdamW": (DCTAdamW, {"rank": 2}, 0.3),
+    "DCTAdamW, 8-bit errors, rank 1": (DCTAdamW, {"rank": 1, "error_feedback": "8bit", "betas": (0.5, 0.9)}, 0.2),
+    "DCTAdamW, hadamard": (DCTAdamW, {"rank": 2, "projection": "hadamard"}, 0.3),
     "GaLoreAdamW, full rank": (GaLoreAdamW, {"rank": 6, "update_proj_gap": 1000}, 0.3),
 }
 every = pytest.mark.parametrize("name", CASES)

@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from slimstate.optim import FRUGAL, SGDP, AdamP, AdamW, GaLoreAdafactor, GaLoreAdamW
-from slimstate.projections import SVD
+from slimstate.optim import FRUGAL, SGDP, AdamP, AdamW, DCTAdamW, GaLoreAdafactor, GaLoreAdamW
+from slimstate.projections import DCT, SVD
 
 FOLDER = Path(__file__).parent.parent / "golden"
 # SGDP's reference projects its own momentum, where the step is its memory: not the published rule, and not ours.
 QUIRK = "sgdp_quirk_mixed_momentum"
-# What the optimizers follow whole. Of the DCT cases tests/projections/test_dct.py compares the bases and the choices.
-FOLLOWED = ("adamw_", "adamp_", "sgdp_", "galore_", "frugal_")
+FOLLOWED = ("adamw_", "adamp_", "sgdp_", "galore_", "frugal_", "dct_")
 CASES = sorted(path.stem for path in FOLDER.glob("*.npz") if path.stem != QUIRK and path.stem.startswith(FOLLOWED))
 
 
@@ -39,6 +38,42 @@ def given(known, choices):
             return choices[counter[1]].to(self.dtype_of(m.dtype))
 
     return Given(**{f.name: getattr(known, f.name) for f in fields(known)})
+
+
+def choosing(indices, **settings):
+    """A DCT that chooses the reference's columns, and gives them in its order, which its moments depend on."""
+    rest = iter(indices)
+
+    class Chosen(DCT):
+        def fit_down(self, a, old):
+            index = next(rest)
+            assert torch.equal(super().fit_down(a, old)[0], index.sort().values)
+            return index, self.coefficients(a, index), torch.tensor(True)
+
+    return Chosen(**settings)
+
+
+def choosing_at(steps):
+    """A DCTAdamW that chooses at the reference's steps."""
+
+    class Scheduled(DCTAdamW):
+        def _projected(self, matrix, group, projection):
+            matrix = matrix._replace(scheduled=int(matrix.state["step"]) in steps)
+            return super()._projected(matrix, group, projection)
+
+    return Scheduled
+
+
+def dct(meta, tensors, p, common):
+    hp = meta["hp"]
+    basis, kind = {"matmul": ("dct3", 3), "makhoul": ("dct", 2)}[hp["sim_type"]]
+    common |= dict(rank=hp["rank"], update_proj_gap=hp["gap"], side=hp["side"], transport=hp["transport"])
+    settings = dict(projection=basis, norm=hp["ell_norm"], error_feedback="param" if hp["use_ef"] else None)
+    optimizer = choosing_at(hp["refresh_steps"])([p], **common, **settings)
+    if meta["inject"]:
+        assert meta["inject"] == ["indices"]
+        optimizer.projections = {basis: choosing(tensors["indices"], kind=kind)}
+    return optimizer
 
 
 def load(case):
@@ -97,6 +132,8 @@ def build(meta, tensors, params, monkeypatch):
     common = {key: hp[key] for key in ("lr", "weight_decay", *rule)}
     if "rank" not in hp:
         return AdamW([p], **common)
+    if meta.get("algo") == "dct_adamw":
+        return dct(meta, tensors, p, common)
     settings = dict(rank=hp["rank"], update_proj_gap=hp["gap"], scale=hp["scale"], side=hp["side"])
     kind = GaLoreAdafactor if adafactor else GaLoreAdamW
     optimizer = kind([p], **common, **settings, transport=hp["transport"])
@@ -107,7 +144,7 @@ def build(meta, tensors, params, monkeypatch):
 
 
 def test_all_cases_are_here():
-    assert len(CASES) == 57
+    assert len(CASES) == 70
 
 
 def error_of(case, monkeypatch):
@@ -165,3 +202,26 @@ def test_ends_with_the_references_subspace_and_moments(case, monkeypatch):
         ours = state[key] * signs[:, None].sign() if key == "exp_avg" else state[key]
         theirs = (tensors[name].mT if turned and tensors[name].ndim == 2 else tensors[name]).to(dtype)
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("dct_")])
+def test_ends_with_the_references_columns_moments_and_error(case, monkeypatch):
+    meta, dtype, tensors = load(case)
+    p = torch.nn.Parameter(tensors["W0_0"].to(dtype))
+    optimizer = build(meta, tensors, [p], monkeypatch)
+    for grad in tensors["G_0"].to(dtype):
+        p.grad = grad.clone()
+        optimizer.step()
+    state, turn = optimizer.state[p], meta["hp"]["side"] == "right"
+    index, order = tensors["indices"][-1].sort()
+    ours = state["index"].argsort()
+    assert torch.equal(state["index"][ours], index)
+    assert int(state["refreshes"]) == len(meta["hp"]["refresh_steps"]) == len(tensors["indices"])
+    assert state["ages"].eq(len(tensors["G_0"])).all()
+    for key, reference in (("exp_avg", "m_T"), ("exp_avg_sq", "v_T")):
+        expected = (tensors[reference].mT if turn else tensors[reference])[order]
+        torch.testing.assert_close(state[key][ours], expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+    assert ("error" in state) == ("error_T" in tensors)
+    if "error" in state:
+        expected = tensors["error_T"] if turn else tensors["error_T"].mT  # ours has a row for each column of G
+        torch.testing.assert_close(state["error"], expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())

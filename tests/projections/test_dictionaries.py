@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from slimstate.ops import counter_key
 from slimstate.projections import DCT, Hadamard, captured_energy, matrix_view
+from slimstate.projections._dictionary import Columns
 
 KINDS = {
     "matmul": lambda **settings: DCT(method="matmul", **settings),
@@ -148,6 +149,63 @@ def test_several_blocks_equal_one(kind, way, monkeypatch):
         torch.testing.assert_close(p.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
 
 
+@kinds
+@pytest.mark.parametrize("block", [4 << 20, 2000])
+@given(
+    d=st.integers(1, 30),
+    k=st.integers(1, 60),
+    rank=st.integers(1, 40),
+    norm=st.sampled_from([1, 2]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    exponent=st.integers(-60, 60),
+    added=st.booleans(),
+)
+def test_fit_down_is_fit_and_down_of_the_sum(kind, block, d, k, rank, norm, dtype, exponent, added):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name in ("_blocks", "_dictionary"):
+            monkeypatch.setattr(importlib.import_module(f"slimstate.projections.{name}"), "BLOCK_BYTES", block)
+        projection = KINDS[kind](rank=rank, norm=norm, side="left")
+        m = (torch.randn(d, k, dtype=torch.float64) * 2.0**exponent).to(dtype)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        e = torch.randn(d, k, dtype=wide) * 2.0**exponent if added else torch.zeros(d, k, dtype=wide)
+        a = m.to(wide) + e
+        sums = Columns(m, lambda s: e[:, s], e.abs().amax()) if added else Columns(m)
+        kept = m.clone()
+        index, r, usable = projection.fit_down(sums, None)
+        assert torch.equal(index, projection.fit(a, None, ()))
+        scale = a.abs().max()
+        torch.testing.assert_close(r / scale, projection.down(a, index) / scale, atol=1e-5, rtol=1e-5)
+        assert r.dtype == wide
+        assert bool(usable)
+        assert torch.equal(m, kept)
+
+
+@kinds
+@pytest.mark.parametrize("bad", [0.0, math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("rank", [3, 12])
+def test_fit_down_keeps_the_old_choice_where_nothing_can_be_chosen(kind, bad, rank):
+    projection = KINDS[kind](rank=rank)
+    m = torch.randn(12, 20) if bad else torch.zeros(12, 20)
+    m[2, 5] = bad
+    old = torch.tensor([1, 4, 9], dtype=torch.int32) if rank == 3 else torch.arange(12, dtype=torch.int32)
+    index, r, usable = projection.fit_down(Columns(m), old)
+    assert torch.equal(index, old)
+    assert not bool(usable)
+    torch.testing.assert_close(r[:, :5], projection.down(m[:, :5], old), atol=1e-5, rtol=1e-5)
+    first, _, usable = projection.fit_down(Columns(m), None)
+    assert len(first.unique()) == rank
+    assert not bool(usable)
+
+
+@kinds
+def test_a_sum_that_vanishes_keeps_the_old_choice(kind):
+    m, old = torch.randn(12, 20), torch.tensor([1, 4, 9], dtype=torch.int32)
+    index, r, usable = KINDS[kind](rank=3).fit_down(Columns(m, lambda s: -m[:, s], m.abs().amax()), old)
+    assert torch.equal(index, old)
+    assert not r.any()
+    assert not bool(usable)
+
+
 def transposed(x):
     return x.mT.contiguous().mT
 
@@ -220,6 +278,7 @@ def test_nothing_larger_than_a_block_is_allocated(kind, side, dtype, way):
     u = torch.randn(8, view.k)
     runs = {
         "fit": lambda: projection.fit(view.open(p), None, ()),
+        "fit_down": lambda: projection.fit_down(Columns(view.open(p)), index),
         "down": lambda: projection.down(view.open(p), index),
         "write_back_": lambda: projection.write_back_(p, view, index, u, alpha=-0.1, beta=0.9, rounding=3),
     }

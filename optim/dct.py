@@ -1,0 +1,254 @@
+"""DCT-AdamW. Modoranu et al., 2025. https://arxiv.org/abs/2505.17967"""
+
+from numbers import Integral
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from slimstate.projections import DCT, Hadamard, Projection
+from slimstate.projections._base import compute_dtype
+from slimstate.projections._blocks import blocks, largest_magnitude
+from slimstate.projections._dictionary import Columns, FixedDictionary
+
+from ._adam import aged_direction_, store_, weight_rounding
+from ._base import Group, Spec, refuse
+from ._projected import DEFAULT_RANK, Matrix, ProjectedOptimizer
+from ._quantize import LEVELS, codes_shape, decode, encode
+
+__all__ = ["DCTAdamW"]
+
+ERROR_FEEDBACK = (None, "param", *LEVELS)
+ERROR = 5  # purpose of random bits, after `_projected`'s
+
+
+class DCTAdamW(ProjectedOptimizer):
+    r"""AdamW whose moments live on a few columns of a fixed orthonormal matrix, chosen anew in every step.
+
+    Q (d x d) is the cosine matrix, known from its size. With G seen so that its compressed axis d comes first, and
+    :math:`\|\cdot\|` the l1 or l2 norm of a row,
+
+    .. math::
+        A_t &= G_t + E_{t-1} \\
+        J_t &= \text{the } r \text{ largest of } \|(Q^\top A_t)_j\|, \qquad R_t = Q_{J_t}^\top A_t, \qquad
+               E_t = A_t - Q_{J_t} R_t \\
+        M_t &= \beta_1 C_t M_{t-1} + (1-\beta_1) R_t, \qquad V_t = \beta_2 C_t V_{t-1} + (1-\beta_2) R_t^2 \\
+        W_t &= (1-\eta\lambda) W_{t-1} - \eta\,\alpha\, Q_{J_t}\,
+               \frac{M_t / (1-\beta_1^{a_t})}{\sqrt{V_t / (1-\beta_2^{a_t})} + \epsilon},
+
+    where :math:`C_t = Q_{J_t}^\top Q_{J_{t-1}}` is 0 or 1: a column that stays chosen keeps its moments, one that is
+    new starts at zero, and the age a, one number a column, counts the steps since. E is the error feedback, zero
+    without it: what the columns leave out of a gradient is not lost, but added to the next one.
+
+    State of an m x n matrix: 2 max(m,n) r elements and 2 r int32 (J and a), where AdamW keeps 2 m n. Error feedback
+    adds m n elements of the parameter's dtype, or m n bytes (8 bits) or m n / 2 (4 bits) and one number for each of the
+    max(m,n) columns of G: at a quarter of the side it is the larger part. Which matrices are projected: see
+    `GaLoreAdamW`; any mixture of sizes shares the matrices Q, which are rebuilt and never saved.
+
+    A gradient of zeros keeps J, and so does one that is not finite; its columns that are not finite keep their error
+    too, while the moments take them as AdamW's do. Errors are added to the gradient as `step` finds it: after
+    accumulation, unscaling and clipping, so that G + E may exceed the norm that was clipped to. A change of loss scale
+    that is not undone before `step` would misread them.
+
+    Where this differs from the authors' code: `docs/dct.md`.
+
+    Args:
+        params: parameters, named parameters, or groups.
+        lr: learning rate :math:`\eta`.
+        betas: decay rates of the moments. Default (0.9, 0.999), the code's.
+        eps: :math:`\epsilon`. Default 1e-8, the code's.
+        weight_decay: decoupled weight decay :math:`\lambda`. Default 0.01, as in torch.optim.AdamW.
+        rank: r as a count (int >= 1) or as a share of d (float in (0, 1]); clamped to the smaller side; None: dense.
+            Default 0.25.
+        update_proj_gap: steps between two choices of J, staggered over the group's matrices. Default 1, the paper's and
+            the code's: then no step waits for the device. Above 1 those with a choice do, and a matrix is given its
+            first J by the first gradient that is finite and not zero.
+        scale: :math:`\alpha`, the step in the subspace relative to `lr`. Default 1, the paper has none.
+        projection: `dct`, the cosines (the code's `makhoul`); `dct3`, their transpose (the code's `matmul`);
+            `hadamard`, the Walsh-Hadamard matrix, which needs additions only; or an object of
+            `slimstate.projections`, whose rank, side and norm then hold.
+        norm: 1 or 2, what J is ranked by. Default 1, the code's; 2 leaves the least out of R.
+        side: `auto` compresses the shorter side (the columns of a square matrix), `left` the rows, `right` the columns,
+            `reverse` the longer side.
+        batch_dims: how many leading axes of a parameter count matrices (1 for stacked experts).
+        transport: what becomes of the moments when J changes: `rotate` (default) is the equation above; `keep` leaves
+            the numbers and their ages where they are, C = 1, which is the code's default: row i then belongs to
+            whichever column is the i-th.
+        error_feedback: how E is kept: None (default, the code's) for no error feedback; `param`, in the parameter's
+            dtype; `8bit` or `4bit`, rounded at random and without bias to 255 or 15 levels between plus and minus the
+            largest magnitude in each column of G.
+        maximize: ascend instead.
+        moment_dtype: `float32`, `bfloat16` (rounded stochastically) or `param` (the parameter's); None means float32,
+            and float64 for float64 parameters.
+        stochastic_rounding: of weights in bfloat16 and float16; None means on.
+        seed: of the rounding.
+        torch_keywords: `foreach`, `fused`, `capturable`, `differentiable` and `amsgrad`, where they change nothing.
+
+    Raises:
+        ValueError: for a value out of range, an unknown group key, a torch keyword that is not supported, or a rank
+            where nothing can be projected.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(16, 8)
+        >>> optimizer = DCTAdamW(model.parameters(), lr=0.01, rank=4, error_feedback="8bit")
+        >>> _ = optimizer.step(lambda: model(torch.ones(1, 16)).square().sum().backward())
+        >>> state = optimizer.state[model.weight]
+        >>> tuple(state["exp_avg"].shape), tuple(state["index"].shape), state["error"].dtype
+        ((4, 16), (4,), torch.int8)
+    """
+
+    projections: ClassVar[dict[str, Projection]] = {"dct": DCT(), "dct3": DCT(kind=3), "hadamard": Hadamard()}
+    transports: ClassVar[tuple[str, ...]] = ("rotate", "keep")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        rank: int | float | None = DEFAULT_RANK,
+        update_proj_gap: int = 1,
+        scale: float = 1.0,
+        projection: str | Projection = "dct",
+        norm: int = 1,
+        side: str = "auto",
+        batch_dims: int = 0,
+        transport: str = "rotate",
+        error_feedback: str | None = None,
+        maximize: bool = False,
+        moment_dtype: str | torch.dtype | None = None,
+        stochastic_rounding: bool | None = None,
+        seed: int = 0,
+        **torch_keywords: Any,
+    ) -> None:
+        refuse("DCTAdamW", torch_keywords)
+        defaults = dict(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            rank=rank,
+            update_proj_gap=update_proj_gap,
+            scale=scale,
+            projection=projection,
+            norm=norm,
+            side=side,
+            batch_dims=batch_dims,
+            transport=transport,
+            error_feedback=error_feedback,
+            maximize=maximize,
+            moment_dtype=moment_dtype,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
+        )
+        super().__init__(params, defaults)
+
+    def _check(self, group: Group) -> None:
+        super()._check(group)
+        norm = group["norm"]
+        if not isinstance(norm, Integral) or isinstance(norm, bool) or norm not in (1, 2):
+            raise ValueError(f"norm must be 1 or 2, got {norm!r}")
+        group["norm"] = int(norm)
+        if group["error_feedback"] not in ERROR_FEEDBACK:
+            allowed = ", ".join(map(str, ERROR_FEEDBACK))
+            raise ValueError(f"error_feedback must be one of {allowed}, got {group['error_feedback']!r}")
+
+    def _spec(self, p: Tensor, group: Group) -> Spec:
+        spec = super()._spec(p, group)
+        if not self._is_projected(p, group):
+            return spec
+        view = self._view(p, group)
+        spec["ages"] = spec["index"][0], torch.int32
+        match group["error_feedback"]:  # a row of E is a column of G, so that blocks of columns lie together
+            case "param":
+                spec["error"] = (*view.lead, view.k, view.d), p.dtype
+            case "8bit" | "4bit" as bits:
+                length, dtype = codes_shape(view.d, bits)
+                spec["error"] = (*view.lead, view.k, length), dtype
+                spec["error_scale"] = (*view.lead, view.k), compute_dtype(p.dtype)
+        return spec
+
+    def _refresh(self, matrix: Matrix, group: Group, projection: Projection) -> None:
+        """Nothing yet: J is chosen where R is computed, since both need the same coefficients."""
+
+    def _update(self, matrices: list[Matrix], group: Group, projection: Projection) -> None:
+        assert isinstance(projection, FixedDictionary)
+        lr = float(group["lr"])
+        for x in matrices:
+            r = self._projected(x, group, projection)
+            x.state["ages"] += 1
+            projection.write_back_(
+                x.p,
+                x.view,
+                x.state["index"],
+                aged_direction_(self, x.p, r, group, x.state["ages"]),
+                alpha=lr * group["scale"],
+                beta=1 - lr * group["weight_decay"],
+                rounding=weight_rounding(self, x.p, group),
+            )
+
+    def _projected(self, matrix: Matrix, group: Group, projection: FixedDictionary) -> Tensor:
+        """R (r x k), or a stack of them, after the choice of J; carries the moments over and keeps the error."""
+        state, gradients, rs = matrix.state, matrix.m, []
+        refreshes = state["refreshes"].view(-1)
+        for j, count in enumerate(refreshes.tolist()):
+            a = self._corrected(matrix, group, j, matrix.member(gradients, j))
+            index = matrix.member(state["index"], j)
+            if matrix.scheduled or not count:
+                new, r, usable = projection.fit_down(a, index if count else None)
+                if group["transport"] == "rotate":
+                    moments = [matrix.member(state[key], j) for key in ("exp_avg", "exp_avg_sq")]
+                    carry_(moments, matrix.member(state["ages"], j), index, new)
+                index.copy_(new)
+                refreshes[j] += group["update_proj_gap"] == 1 or bool(usable)
+            else:
+                r = projection.coefficients(a, index)
+            if group["error_feedback"]:
+                self._keep_error_(matrix, group, j, a, projection, r)
+            rs.append(r)
+        return torch.stack(rs) if matrix.view.lead else rs[0]
+
+    def _corrected(self, matrix: Matrix, group: Group, j: int, m: Tensor) -> Columns:
+        """A = G + E of matrix j of the stack, G given as m."""
+        kind = group["error_feedback"]
+        if kind is None:
+            return Columns(m)
+        error = matrix.member(matrix.state["error"], j)
+        if kind == "param":
+            return Columns(m, lambda s: error[s].mT, largest_magnitude(error))
+        largest = matrix.member(matrix.state["error_scale"], j)
+        return Columns(m, lambda s: decode(error[s], largest[s], len(m), kind).mT, largest.amax())
+
+    def _keep_error_(
+        self, matrix: Matrix, group: Group, j: int, a: Columns, projection: FixedDictionary, r: Tensor
+    ) -> None:
+        """E <- A - Q_J R, but in columns that are not finite, or not in the parameter's dtype."""
+        error, index = matrix.member(matrix.state["error"], j), matrix.member(matrix.state["index"], j)
+        key, d = self._draw(matrix.p, group, ERROR), matrix.view.d
+        for s in a.blocks():
+            e = a.read(s).sub_(projection.up(r[:, s], index, d)).mT.contiguous()
+            finite = e.abs().amax(1) <= torch.finfo(matrix.p.dtype).max
+            offset = (j * matrix.view.k + s.start) * d
+            if group["error_feedback"] == "param":
+                store_(error[s], torch.where(finite[:, None], e, error[s].to(e.dtype)), key, offset)
+                continue
+            e.masked_fill_(~finite[:, None], 0)
+            largest = matrix.member(matrix.state["error_scale"], j)[s]
+            codes, scale = encode(e, group["error_feedback"], key, offset)
+            error[s] = torch.where(finite[:, None], codes, error[s])
+            largest.copy_(torch.where(finite, scale, largest))
+
+
+def carry_(moments: list[Tensor], ages: Tensor, old: Tensor, new: Tensor) -> None:
+    """Gives the rows of the moments (r x k) and their ages (r,) to the columns `new` that were chosen as `old` before,
+    both sorted; rows of columns that were not become zeros of age 0."""
+    place = torch.searchsorted(old, new).clamp_(max=len(old) - 1)
+    fresh = old.index_select(0, place) != new
+    ages.copy_(ages.index_select(0, place).masked_fill_(fresh, 0))
+    for moment in moments:
+        for s in blocks(moment, 1, moment.itemsize):
+            moment[:, s] = moment[:, s].index_select(0, place).masked_fill_(fresh[:, None], 0)
