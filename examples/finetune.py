@@ -273,8 +273,8 @@ def owlore(
 # The learning rates are the best of those tried in docs/benchmarks/finetune.md.
 METHODS = {
     "adamw": Method(full, lr=1e-4),
-    "lisa": Method(lisa, lr=3e-4),
-    "owlore": Method(owlore, lr=3e-4),
+    "lisa": Method(lisa, lr=2e-4),
+    "owlore": Method(owlore, lr=4e-4),
     "head": Method(head, lr=1e-2),
 }
 

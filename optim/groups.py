@@ -149,10 +149,15 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
             yield name, p, modules[name.rpartition(".")[0]]
 
 
+def _own_head(model: nn.Module) -> nn.Module | None:
+    """The output layer over the vocabulary that a model of transformers names."""
+    own = getattr(model, "get_output_embeddings", None)
+    return own() if callable(own) else None
+
+
 def _output_heads(model: nn.Module) -> set[int]:
     """The ids of the output layer's parameters: what the model says, else what its last linear layer looks like."""
-    own = getattr(model, "get_output_embeddings", None)
-    head = own() if callable(own) else None
+    head = _own_head(model)
     if head is None:
         linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         vocabularies = {m.num_embeddings for m in model.modules() if isinstance(m, EMBEDDINGS)}
@@ -165,12 +170,14 @@ def _output_heads(model: nn.Module) -> set[int]:
 
 
 def vocabulary_parameters(model: nn.Module) -> set[int]:
-    """The ids of the parameters of embeddings, and of an output head over the vocabulary, which has as many outputs as
-    the largest embedding has rows; a classifier is none."""
+    """The ids of the parameters of embeddings, and of an output head over the vocabulary: one that the model names, or
+    that has as many outputs as the largest embedding has rows; a classifier is none."""
     tables = [module for module in model.modules() if isinstance(module, EMBEDDINGS)]
-    rows, heads = max((table.num_embeddings for table in tables), default=0), _output_heads(model)
-    head = {id(p) for p in model.parameters() if id(p) in heads and p.shape[0] == rows}
-    return head | {id(p) for table in tables for p in table.parameters()}
+    heads = _output_heads(model)
+    if _own_head(model) is None:
+        rows = max((table.num_embeddings for table in tables), default=0)
+        heads = {id(p) for p in model.parameters() if id(p) in heads and p.shape[0] == rows}
+    return heads | {id(p) for table in tables for p in table.parameters()}
 
 
 def _decide(name: str, p: Tensor, module: nn.Module, embedded: set[int], heads: set[int]) -> tuple[bool, int, str]:

@@ -64,12 +64,10 @@ class LayerSampler:
         found = find_layers(model, layers)
         scores = _checked_scores(scores, len(found))
         vocabulary = vocabulary_parameters(model) if embeddings == "freeze" else set()
+        vocabulary -= {id(p) for module in found.values() for p in module.parameters()}
         if embeddings == "freeze" and not vocabulary:
             raise ValueError("embeddings='freeze': the model has no embedding and no output head over a vocabulary")
-        trainable = {
-            name: [p for p in module.parameters() if p.requires_grad and id(p) not in vocabulary]
-            for name, module in found.items()
-        }
+        trainable = {name: [p for p in module.parameters() if p.requires_grad] for name, module in found.items()}
         self._layers = {name: params for name, params in trainable.items() if params}
         self._check_layers(optimizer, {id(p): name for name, p in model.named_parameters()}, len(found), active)
 

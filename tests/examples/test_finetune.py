@@ -199,5 +199,5 @@ def test_layer_sampling_comes_close_to_full_fine_tuning(finetune: Finetune, tmp_
     runs = [json.loads((tmp_path / "runs/finetune" / n / "run.json").read_text()) for n in ("adamw", "lisa", "owlore")]
     for run in runs[1:]:
         assert run["peak state bytes"] < 0.5 * runs[0]["peak state bytes"]
-        assert run["loss"] < 1.05 * runs[0]["loss"]
+        assert run["loss"] < 1.03 * runs[0]["loss"]
         assert run["accuracy"] > 0.65

@@ -696,6 +696,18 @@ def test_one_block_that_is_used_again_and_again():
         sampler.step()
 
 
+def test_a_head_that_the_model_names_is_one_whatever_its_size():
+    model = Network()
+    model.positions = nn.Embedding(99, WIDTH)
+    LISA(model, dense(model), embeddings="freeze")
+    assert model.head.weight.requires_grad  # 30 outputs, and the largest embedding has 99 rows
+    model = Network()
+    model.positions = nn.Embedding(99, WIDTH)
+    model.get_output_embeddings = lambda: model.head
+    LISA(model, dense(model), embeddings="freeze")
+    assert not model.head.weight.requires_grad
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_embeddings_and_head_can_be_frozen(tied):
     model = Network()
@@ -719,7 +731,9 @@ def test_a_classifier_is_not_frozen_with_the_embeddings():
             "classifier": nn.Linear(8, 2),
         }
     )
-    LISA(model, dense(model), embeddings="freeze")
+    model["layers"][0].bias = nn.Embedding(4, 1)  # as T5's relative positions: a part of the layer
+    sampler = LISA(model, dense(model), embeddings="freeze", active=3)
+    assert len(sampler.awake) == 3 and model["layers"][0].bias.weight.requires_grad
     assert model["classifier"].weight.requires_grad and model["classifier"].bias.requires_grad
     assert not model["words"].weight.requires_grad and not model["kinds"].weight.requires_grad
 
