@@ -1,5 +1,5 @@
-# `make pretrain`, `make finetune` and `make test` need nothing before them: they create .venv, reusing a torch that $(PYTHON) can
-# already import, and install the package with what the target needs.
+# `make pretrain`, `make finetune` and `make test` need nothing before them: they create .venv, reusing a torch that
+# $(PYTHON) can already import, and install the package with what the target needs.
 PYTHON ?= python3
 ARGS ?=
 VENV := .venv
