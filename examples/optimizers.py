@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from slimstate.optim import (
     FRUGAL,
+    LISA,
     SGDP,
     AdamP,
     AdamW,
@@ -17,9 +18,11 @@ from slimstate.optim import (
     GaLoreAdafactor,
     GaLoreAdamW,
     GradNormLoRP,
+    OwLore,
     param_groups,
     state_bytes,
 )
+from slimstate.optim.layer_sampling import LayerSampler
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,13 @@ class Recipe:
         build: from the model, the learning rate and the command line.
         lr_factor: its learning rate where the preset's is AdamW's.
         options: what it takes from the command line beside the learning rate.
+        sampler: of layers, beside the optimizer.
     """
 
     build: Callable[[nn.Module, float, Namespace], torch.optim.Optimizer]
     lr_factor: float
     options: tuple[str, ...] = ()
+    sampler: Callable[[nn.Module, torch.optim.Optimizer, Namespace], LayerSampler] | None = None
 
 
 def adamw(model: nn.Module, lr: float, args: Namespace) -> torch.optim.Optimizer:
@@ -100,6 +105,16 @@ def dct(model: nn.Module, lr: float, args: Namespace, error_feedback: str | None
     return DCTAdamW(param_groups(model, rank=args.rank, scale=args.scale), lr=lr, error_feedback=error_feedback)
 
 
+def lisa(model: nn.Module, optimizer: torch.optim.Optimizer, args: Namespace) -> LayerSampler:
+    """One layer at a time, embeddings and output head always."""
+    return LISA(model, optimizer, active=1, seed=args.seed)
+
+
+def owlore(model: nn.Module, optimizer: torch.optim.Optimizer, args: Namespace) -> LayerSampler:
+    """One layer at a time, by the outliers of its weights."""
+    return OwLore(model, optimizer, active=1, seed=args.seed)
+
+
 def low_rank_groups(model: nn.Module, args: Namespace) -> list[dict]:
     """The model's parameters, split into projected matrices and the rest."""
     return param_groups(model, rank=args.rank, update_proj_gap=args.update_proj_gap, scale=args.scale)
@@ -135,6 +150,8 @@ RECIPES = {
     "gradnorm": Recipe(gradnorm, lr_factor=4, options=LOW_RANK),
     "dct": Recipe(dct, lr_factor=4, options=("rank", "scale")),
     "dct-ef": Recipe(partial(dct, error_feedback="8bit"), lr_factor=4, options=("rank", "scale")),
+    "lisa": Recipe(adamw, lr_factor=1, sampler=lisa),
+    "owlore": Recipe(galore, lr_factor=4, options=LOW_RANK, sampler=owlore),
     "signsgd": Recipe(lambda model, lr, args: SignSGD(model.parameters(), lr), lr_factor=1),
 }
 

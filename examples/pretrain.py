@@ -38,6 +38,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from corpus import EMBEDDED, Batches, Corpus, CorpusError, load_corpus, replacing
 from optimizers import RECIPES, held_bytes, projected_matrices, refreshes
 from report import write_report
+from slimstate.optim.layer_sampling import LayerSampler
 
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 
@@ -271,6 +272,8 @@ class Progress:
     losses: list[float] = field(default_factory=list)  # of every step
     step_seconds: list[float] = field(default_factory=list)  # in optimizer.step()
     refreshed: list[int] = field(default_factory=list)  # bases computed in it
+    state_bytes: int = 0  # the most so far
+    matrix_state_bytes: int = 0  # of it, for the matrices that low-rank optimizers project
     evaluations: list[dict[str, float]] = field(default_factory=list)  # step, loss
 
     def add(self, loss: float, step_seconds: float, refreshed: int, seconds: float) -> None:
@@ -294,6 +297,7 @@ class Run:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: LambdaLR
+    sampler: LayerSampler | None = None
     progress: Progress = field(default_factory=Progress)
 
     def load(self) -> None:
@@ -319,6 +323,8 @@ class Run:
         if different:
             raise RunError(f"{file} belongs to a run with other settings ({'; '.join(different)}); {advice}")
         self.model.load_state_dict(saved["model"])
+        if self.sampler is not None:
+            self.sampler.load_state_dict(saved["sampler"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
         torch.set_rng_state(saved["rng"])
@@ -333,18 +339,13 @@ class Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
+            "sampler": self.sampler.state_dict() if self.sampler is not None else None,
             "rng": torch.get_rng_state(),
             "progress": asdict(self.progress),
         }
         with replacing(self.folder / "checkpoint.pt") as stream:
             torch.save(checkpoint, stream)
-        matrices = projected_matrices(self.model)
-        record = {
-            "settings": self.settings,
-            "progress": asdict(self.progress),
-            "state_bytes": held_bytes(self.optimizer),
-            "matrix_state_bytes": held_bytes(self.optimizer, matrices),
-        }
+        record = {"settings": self.settings, "progress": asdict(self.progress)}
         with replacing(self.folder / "run.json") as stream:
             stream.write(json.dumps(record).encode())
 
@@ -358,9 +359,11 @@ def train(name: str, args: argparse.Namespace, corpus: Corpus, device: torch.dev
     settings = run_settings(name, args, corpus)
     torch.manual_seed(args.seed)
     model = make_model(args, corpus.vocab, device)
-    optimizer = RECIPES[name].build(model, settings["lr"], args)
+    matrices, recipe = projected_matrices(model), RECIPES[name]
+    optimizer = recipe.build(model, settings["lr"], args)
+    sampler = recipe.sampler(model, optimizer, args) if recipe.sampler else None
     scheduler = LambdaLR(optimizer, lambda step: learning_rate(step, args.steps, args.warmup))
-    run = Run(args.out / name, settings, model, optimizer, scheduler)
+    run = Run(args.out / name, settings, model, optimizer, scheduler, sampler)
     if not args.fresh:
         run.load()
     progress = run.progress
@@ -372,7 +375,7 @@ def train(name: str, args: argparse.Namespace, corpus: Corpus, device: torch.dev
     )
 
     batches = Batches(corpus.train, args.seq, args.batch, args.seed)
-    parallel = DistributedDataParallel(model) if world > 1 else model
+    parallel = DistributedDataParallel(model, find_unused_parameters=sampler is not None) if world > 1 else model
     bar = tqdm(
         total=args.steps,
         initial=progress.step,
@@ -381,7 +384,6 @@ def train(name: str, args: argparse.Namespace, corpus: Corpus, device: torch.dev
         disable=number > 0,
         mininterval=0.5 if sys.stderr.isatty() else 30,
     )
-    state_bytes = held_bytes(optimizer)
     with bar, Interruption() as interruption:
         while progress.step < args.steps:
             started = time.perf_counter()
@@ -391,16 +393,19 @@ def train(name: str, args: argparse.Namespace, corpus: Corpus, device: torch.dev
             if not norm.isfinite():
                 raise RunError(f"{name}: the gradient of step {progress.step + 1:,} is not finite; lower --lr")
             seconds, refreshed = timed_step(optimizer, device)
+            progress.state_bytes = max(progress.state_bytes, held_bytes(optimizer))
+            progress.matrix_state_bytes = max(progress.matrix_state_bytes, held_bytes(optimizer, matrices))
+            if sampler is not None:
+                sampler.step()
             scheduler.step()
             optimizer.zero_grad()
             progress.add(loss, seconds, refreshed, time.perf_counter() - started)
 
-            state_bytes = state_bytes or held_bytes(optimizer)
             bar.update()
             bar.set_postfix_str(
                 f"loss {statistics.fmean(progress.losses[-20:]):.3f}, "
                 f"{progress.step * args.batch * args.seq / progress.seconds:,.0f} tokens/s, "
-                f"state {state_bytes / 1e6:.2f} MB",
+                f"state {progress.state_bytes / 1e6:.2f} MB",
                 refresh=False,
             )
             stop, done = interruption.asked(device), progress.step == args.steps

@@ -33,8 +33,8 @@ COLUMNS = {
     "minutes": "{:.1f}",
 }
 LEGEND = """\
-loss, perplexity, bits/byte: on all held-out text. state bytes: what the optimizer keeps; on matrices: the part of
-it for the matrices that low-rank optimizers project. step ms: median time of optimizer.step() where no basis
+loss, perplexity, bits/byte: on all held-out text. state bytes: the most that the optimizer keeps; on matrices: the part
+of it for the matrices that low-rank optimizers project. step ms: median time of optimizer.step() where no basis
 changes, or of all where some does in each; refresh ms: what it takes longer for each basis that changes. minutes:
 training, without evaluations."""
 
@@ -72,14 +72,14 @@ def measures(name: str, run: dict[str, Any], adamw: dict[str, Any] | None, corpu
         "loss": loss,
         "perplexity": math.exp(loss),
         "bits/byte": loss / (math.log(2) * corpus.bytes_per_token),
-        "state bytes": run["state_bytes"],
-        "on matrices": run["matrix_state_bytes"],
+        "state bytes": run["progress"]["state_bytes"],
+        "on matrices": run["progress"]["matrix_state_bytes"],
         "tokens/s": progress["step"] * settings["batch"] * settings["seq"] / progress["seconds"],
         "minutes": progress["seconds"] / 60,
     }
     if adamw:
-        row["of AdamW's"] = run["state_bytes"] / adamw["state_bytes"]
-        row["of its"] = run["matrix_state_bytes"] / adamw["matrix_state_bytes"]
+        row["of AdamW's"] = run["progress"]["state_bytes"] / adamw["progress"]["state_bytes"]
+        row["of its"] = run["progress"]["matrix_state_bytes"] / adamw["progress"]["matrix_state_bytes"]
     plain = [t for t, n in zip(progress["step_seconds"], progress["refreshed"], strict=True) if not n]
     row["step ms"] = 1e3 * statistics.median(plain or progress["step_seconds"])
     if plain and any(progress["refreshed"]):
@@ -130,8 +130,8 @@ def plot(runs: dict[str, dict[str, Any]], trigram: float) -> plt.Figure:
     curves.grid(alpha=0.3)
 
     place = np.arange(len(runs))
-    matrices = np.array([run["matrix_state_bytes"] for run in runs.values()]) / 1e6
-    everything = np.array([run["state_bytes"] for run in runs.values()]) / 1e6
+    matrices = np.array([run["progress"]["matrix_state_bytes"] for run in runs.values()]) / 1e6
+    everything = np.array([run["progress"]["state_bytes"] for run in runs.values()]) / 1e6
     colors = [f"C{i}" for i in place]
     bars.bar(place, matrices, color=colors, label="projected matrices")
     rest = bars.bar(place, everything - matrices, bottom=matrices, color=colors, alpha=0.4)

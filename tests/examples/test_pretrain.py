@@ -128,21 +128,23 @@ def test_damaged_checkpoint_is_named(pretrain: Pretrain, tmp_path: Path, text: P
     assert code == 2 and "is not a checkpoint" in said
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("stop", "name"), [(signal.SIGINT, "galore"), pytest.param(signal.SIGTERM, "owlore", marks=pytest.mark.slow)]
+)
 def test_interrupted_run_goes_on_bit_for_bit(
-    pretrain: Pretrain, tmp_path: Path, text: Path, stop: signal.Signals
+    pretrain: Pretrain, tmp_path: Path, text: Path, stop: signal.Signals, name: str
 ) -> None:
-    options = [*MICRO, "--data", str(text), "--steps", "60", "--optimizer", "galore", "--update-proj-gap", "7"]
+    options = [*MICRO, "--data", str(text), "--steps", "60", "--optimizer", name, "--update-proj-gap", "7"]
     process = start(tmp_path, *options, "--out", "broken", "--save-every", "5")
     deadline = time.monotonic() + 120
-    while not (tmp_path / "broken" / "galore" / "checkpoint.pt").exists():
+    while not (tmp_path / "broken" / name / "checkpoint.pt").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(stop)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert "goes on from there" in said
-    step = json.loads((tmp_path / "broken" / "galore" / "run.json").read_text())["progress"]["step"]
+    step = json.loads((tmp_path / "broken" / name / "run.json").read_text())["progress"]["step"]
     assert 5 <= step < 60
 
     code, said = pretrain(tmp_path, *options, "--out", "broken", "--save-every", "5")
@@ -150,7 +152,19 @@ def test_interrupted_run_goes_on_bit_for_bit(
     assert f"goes on at step {step}" in said
     code, said = pretrain(tmp_path, *options, "--out", "whole")
     assert code == 0, said
-    assert_same_weights(tmp_path / "broken" / "galore", tmp_path / "whole" / "galore")
+    assert_same_weights(tmp_path / "broken" / name, tmp_path / "whole" / name)
+
+
+def test_every_optimizer_goes_by_its_name(pretrain: Pretrain, tmp_path: Path, text: Path) -> None:
+    names = [name for name in importlib.import_module("optimizers").RECIPES if name != "galore-torch"]
+    code, said = pretrain(tmp_path, *MICRO, "--data", text, "--steps", "3", "--compare", *names, "--out", "out")
+    assert code == 0, said
+    rows = {row["run"]: row for row in read_table(tmp_path / "out")[1:]}
+    assert list(rows) == names
+    full = int(rows["adamw"]["on matrices"])
+    kept = {name: int(row["on matrices"]) / full for name, row in rows.items()}
+    assert kept.pop("adamp") == 1 and 0.5 <= kept.pop("sgdp") < 0.51 and kept.pop("signsgd") == 0
+    assert max(share for name, share in kept.items() if name != "adamw") < 0.5
 
 
 def test_fresh_starts_over(pretrain: Pretrain, finished: Path, text: Path) -> None:
