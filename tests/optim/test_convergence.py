@@ -111,7 +111,7 @@ def test_reaches_the_minimum_of_a_logistic_regression(name, seed):
     w = zeros()
     before, lowest = loss(w).item(), loss(best).item()
     assume(before - lowest > 0.1)
-    assert minimise(name, loss, w) - lowest < 0.02 * (before - lowest)
+    assert minimise(name, loss, w) - lowest < 0.03 * (before - lowest)
 
 
 @few
