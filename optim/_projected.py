@@ -5,8 +5,9 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from functools import lru_cache
 from numbers import Integral
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -219,7 +220,7 @@ class ProjectedOptimizer(Optimizer):
 
     def _projection(self, group: Group) -> Projection:
         known = self.projections[group["projection"]]
-        return replace(known, **{f.name: group[f.name] for f in fields(known) if f.name in group})
+        return _adapted(known, **{key: group[key] for key in known.__dataclass_fields__ if key in group})
 
     def _view(self, p: Tensor, group: Group) -> MatrixView:
         return self._projection(group).view(tuple(p.shape), group["batch_dims"])
@@ -316,6 +317,11 @@ class ProjectedOptimizer(Optimizer):
         if changed and group["transport"] == "reset":
             for key in (*self._moments_spec(p, group, view.shape), "age"):
                 state[key].zero_()
+
+
+@lru_cache(maxsize=256, typed=True)  # rank 1 and rank 1.0 are not the same
+def _adapted(known: Projection, **settings: Any) -> Projection:
+    return replace(known, **settings)
 
 
 def _in_blocks(matrices: list[Matrix], projection: Projection) -> Iterator[list[Matrix]]:

@@ -232,8 +232,9 @@ class FRUGAL(ProjectedOptimizer):
         """The share of a chosen matrix that is selected."""
         if group["density"] == 0:
             return 0.0
-        view = self._view(p, group)
-        return self._projection(group).rank_of(view.d, view.k) / view.d
+        projection = self._projection(group)
+        view = projection.view(tuple(p.shape), group["batch_dims"])
+        return projection.rank_of(view.d, view.k) / view.d
 
     def _report_clamped(self, group: Group) -> None:
         if group["projection"] != "blocks":

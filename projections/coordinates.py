@@ -10,7 +10,7 @@ from torch import Tensor
 
 from slimstate.ops import counter_key, stochastic_round_
 
-from ._base import IndexProjection, compute_dtype, rewrite_
+from ._base import IndexProjection, compute_dtype, matrix_in_place, rewrite_
 from ._matrix import MatrixView, matrix_view
 
 __all__ = ["Coordinates"]
@@ -81,9 +81,12 @@ class Coordinates(IndexProjection):
 
     def take(self, p: Tensor, view: MatrixView, basis: Tensor) -> Tensor:
         """The chosen rows (r x k, or a stack of them) of a parameter, in float32 (float64 for float64)."""
-        dtype = compute_dtype(p.dtype)
-        rows = [p[place].to(dtype) for p, place in self._places(p, view, basis)]
-        rows = [(x.mT if view.transposed else x).reshape(-1, view.k) for x in rows]
+        if (w := matrix_in_place(p, view)) is None:
+            rows = [member[place] for member, place in self._places(p, view, basis)]
+        else:
+            dim, each = int(view.transposed), zip(w, basis, strict=True) if view.lead else [(w, basis)]
+            rows = [member.index_select(dim, index) for member, index in each]
+        rows = [(x.mT if view.transposed else x).reshape(-1, view.k).to(compute_dtype(p.dtype)) for x in rows]
         return torch.stack(rows) if view.lead else rows[0]
 
     def put_(self, p: Tensor, view: MatrixView, basis: Tensor, rows: Tensor, rounding: int | None = None) -> None:
@@ -101,9 +104,15 @@ class Coordinates(IndexProjection):
         else:  # with bits that no entry of the parameter takes by its own place
             values = torch.empty_like(rows, dtype=p.dtype)
             stochastic_round_(values, rows, rounding, offset=p.numel())
+        values = values.mT if view.transposed else values
+        if (w := matrix_in_place(p, view)) is not None:
+            each = zip(w, basis.long(), values, strict=True) if view.lead else [(w, basis.long(), values)]
+            for member, index, x in each:
+                member.index_copy_(int(view.transposed), index, x)
+            return
         for (member, place), x in zip(self._places(p, view, basis), values if view.lead else [values], strict=True):
             shape = (-1, *member.shape[1:]) if self.axis == "rows" else (view.rows, -1) if view.transposed else (-1,)
-            member[place] = (x.mT if view.transposed else x).reshape(shape)
+            member[place] = x.reshape(shape)
 
     def write_back_(
         self,
@@ -124,7 +133,8 @@ class Coordinates(IndexProjection):
         self.put_(p, view, basis, rows, rounding)
 
     def _places(self, p: Tensor, view: MatrixView, basis: Tensor) -> Iterator[tuple[Tensor, tuple[Any, ...]]]:
-        """The matrices of a stack in the parameter's own shape, and where the chosen rows of M are in them."""
+        """Where memory has no view as matrices: those of a stack in the parameter's own shape, and the chosen rows' places
+        in them."""
         for member, index in zip(view.members(p), basis if view.lead else [basis], strict=True):
             match self.axis:
                 case "rows":
