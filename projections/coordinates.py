@@ -133,8 +133,8 @@ class Coordinates(IndexProjection):
         self.put_(p, view, basis, rows, rounding)
 
     def _places(self, p: Tensor, view: MatrixView, basis: Tensor) -> Iterator[tuple[Tensor, tuple[Any, ...]]]:
-        """Where memory has no view as matrices: those of a stack in the parameter's own shape, and the chosen rows' places
-        in them."""
+        """For memory without a view as matrices: the members of a stack in the parameter's own shape, and where the
+        chosen rows are in them."""
         for member, index in zip(view.members(p), basis if view.lead else [basis], strict=True):
             match self.axis:
                 case "rows":
