@@ -1,6 +1,7 @@
 import copy
 import io
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,9 +10,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import training
 from slimstate.optim import GaLoreAdafactor, state_bytes
 from slimstate.optim._projected import Matrix
 from slimstate.projections import SVD, _blocks, matrix_view
+from training import run
+
+trajectory = partial(training.trajectory, GaLoreAdafactor)
+
+
+def gradients(shape, steps, dtype=torch.float64, seed=0):
+    return training.gradients(shape, steps, dtype, seed)
+
+
+def parameter(shape, dtype=torch.float64, seed=7):
+    return training.parameter(shape, dtype, seed)
+
 
 SIDES = ["auto", "left", "right", "reverse"]
 TRANSPORTS = ["rotate", "keep", "reset"]
@@ -24,43 +38,8 @@ def orthogonal(n, seed=0):
     return torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).Q
 
 
-def gradients(shape, steps, dtype=torch.float64, seed=0):
-    """Gradients whose singular values are well apart, and whose subspaces turn slowly."""
-    generator = torch.Generator().manual_seed(seed)
-    d, k = shape[0], math.prod(shape[1:])
-    side = min(d, k)
-    u, v = (torch.linalg.qr(torch.randn(n, side, generator=generator, dtype=torch.float64)).Q for n in (d, k))
-    grads = []
-    for _ in range(steps):
-        sizes = 0.7 ** torch.arange(side) * (1 + 0.1 * torch.rand(side, generator=generator))
-        noise = 0.02 * torch.randn(d, k, generator=generator, dtype=torch.float64) / math.sqrt(d + k)
-        grads.append((u * sizes @ v.mT + noise).reshape(shape).to(dtype))
-    return grads
-
-
 def draw(shape, seed, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def parameter(shape, dtype=torch.float64, seed=7):
-    return torch.nn.Parameter(draw(shape, seed, dtype))
-
-
-def run(optimizer, params, steps):
-    """Takes each list of gradients (one a parameter; None for no gradient) to a step."""
-    for grads in steps:
-        for p, g in zip(params, grads, strict=True):
-            p.grad = None if g is None else g.clone()
-        optimizer.step()
-
-
-def trajectory(p, grads, **settings):
-    """The weight after each step."""
-    optimizer, weights = GaLoreAdafactor([p], **settings), []
-    for g in grads:
-        run(optimizer, [p], [[g]])
-        weights.append(p.detach().clone())
-    return torch.stack(weights)
 
 
 def dense(params, **settings):

@@ -2,6 +2,7 @@ import copy
 import io
 import math
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -9,11 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import training
 from slimstate.optim import AdamW, DCTAdamW, param_groups, state_bytes
 from slimstate.optim._projected import Matrix
 from slimstate.optim._quantize import LEVELS
 from slimstate.optim.dct import carry_
 from slimstate.projections import DCT, SVD, Hadamard, matrix_view
+from training import parameter, run
+
+trajectory = partial(training.trajectory, DCTAdamW)
+
 
 PROJECTIONS = ["dct", "dct3", "hadamard"]
 ERRORS = [None, "param", "8bit", "4bit"]
@@ -25,11 +31,6 @@ ranks = st.one_of(st.integers(1, 14), st.floats(0.01, 1))
 quiet = pytest.mark.filterwarnings("ignore:rank .* is above the smaller side")
 
 
-def parameter(shape, dtype=torch.float32, seed=7):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
-
-
 def gradients(shape, steps, dtype=torch.float32, seed=0):
     """Gradients that drift, so that some columns stay chosen and some change."""
     generator = torch.Generator().manual_seed(seed)
@@ -39,23 +40,6 @@ def gradients(shape, steps, dtype=torch.float32, seed=0):
         g = 0.7 * g + 0.7 * torch.randn(shape, generator=generator, dtype=torch.float64)
         grads.append(g.to(dtype))
     return grads
-
-
-def run(optimizer, params, steps):
-    """Takes each list of gradients (one a parameter; None for no gradient) to a step."""
-    for grads in steps:
-        for p, g in zip(params, grads, strict=True):
-            p.grad = None if g is None else g.clone()
-        optimizer.step()
-
-
-def trajectory(p, grads, **settings):
-    """The weight after each step."""
-    optimizer, weights = DCTAdamW([p], **settings), []
-    for g in grads:
-        run(optimizer, [p], [[g]])
-        weights.append(p.detach().clone())
-    return torch.stack(weights)
 
 
 def basis(name, d, dtype=torch.float64):

@@ -5,15 +5,21 @@ import math
 import re
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import training
 from slimstate.optim import AdamW, GaLoreAdamW, param_groups, state_bytes
 from slimstate.optim._projected import due, rotate_
 from slimstate.projections import SVD, PowerIteration, RandomOrthogonal, matrix_view
+from training import gradients, parameter, run
+
+trajectory = partial(training.trajectory, GaLoreAdamW)
+
 
 SIDES = ["auto", "left", "right", "reverse"]
 TRANSPORTS = ["rotate", "keep", "reset"]
@@ -24,42 +30,6 @@ EXACT = dict(weight_decay=0.0, eps=1e-12)
 
 def orthogonal(n, seed=0, dtype=torch.float64):
     return torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=dtype)).Q
-
-
-def gradients(shape, steps, dtype=torch.float32, seed=0):
-    """Gradients whose singular values are well apart, and whose subspaces turn slowly."""
-    generator = torch.Generator().manual_seed(seed)
-    d, k = shape[0], math.prod(shape[1:])
-    side = min(d, k)
-    u, v = (torch.linalg.qr(torch.randn(n, side, generator=generator, dtype=torch.float64)).Q for n in (d, k))
-    grads = []
-    for _ in range(steps):
-        sizes = 0.7 ** torch.arange(side) * (1 + 0.1 * torch.rand(side, generator=generator))
-        noise = 0.02 * torch.randn(d, k, generator=generator, dtype=torch.float64) / math.sqrt(d + k)
-        grads.append((u * sizes @ v.mT + noise).reshape(shape).to(dtype))
-    return grads
-
-
-def parameter(shape, dtype=torch.float32, seed=7):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
-
-
-def run(optimizer, params, steps):
-    """Takes each list of gradients (one a parameter; None for no gradient) to a step."""
-    for grads in steps:
-        for p, g in zip(params, grads, strict=True):
-            p.grad = None if g is None else g.clone()
-        optimizer.step()
-
-
-def trajectory(p, grads, **settings):
-    """The weight after each step."""
-    optimizer, weights = GaLoreAdamW([p], **settings), []
-    for g in grads:
-        run(optimizer, [p], [[g]])
-        weights.append(p.detach().clone())
-    return torch.stack(weights)
 
 
 def state_of(optimizer):

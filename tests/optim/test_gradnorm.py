@@ -1,6 +1,7 @@
 import copy
 import io
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,51 +9,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.utils import parametrizations
 
+import training
 from slimstate.optim import AdamW, GaLoreAdamW, GradNormLoRP, param_groups, state_bytes
 from slimstate.optim._projected import Matrix
 from slimstate.optim.gradnorm import _projected, _reparametrized
 from slimstate.projections import matrix_view
+from training import run
+
+trajectory = partial(training.trajectory, GradNormLoRP)
+
+
+def gradients(shape, steps, dtype=torch.float64, seed=0):
+    return training.gradients(shape, steps, dtype, seed)
+
+
+def parameter(shape, dtype=torch.float64, seed=7):
+    return training.parameter(shape, dtype, seed)
+
 
 SIDES = ["auto", "left", "right", "reverse"]
 TRANSPORTS = ["rotate", "keep", "reset"]
 DOUBLE = torch.float64
 MATRICES = [(12, 20), (20, 12), (14, 14), (8, 3, 2, 2)]
-
-
-def gradients(shape, steps, dtype=DOUBLE, seed=0):
-    """Gradients of a few strong directions that turn slowly, and noise."""
-    generator = torch.Generator().manual_seed(seed)
-    d, k = shape[0], math.prod(shape[1:])
-    side = min(d, k)
-    u, v = (torch.linalg.qr(torch.randn(n, side, generator=generator, dtype=DOUBLE)).Q for n in (d, k))
-    grads = []
-    for _ in range(steps):
-        sizes = 0.7 ** torch.arange(side) * (1 + 0.1 * torch.rand(side, generator=generator))
-        noise = 0.02 * torch.randn(d, k, generator=generator, dtype=DOUBLE) / math.sqrt(d + k)
-        grads.append((u * sizes @ v.mT + noise).reshape(shape).to(dtype))
-    return grads
-
-
-def parameter(shape, dtype=DOUBLE, seed=7):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=DOUBLE).to(dtype))
-
-
-def run(optimizer, params, steps):
-    """Takes each list of gradients (one a parameter; None for no gradient) to a step."""
-    for grads in steps:
-        for p, g in zip(params, grads, strict=True):
-            p.grad = None if g is None else g.clone()
-        optimizer.step()
-
-
-def trajectory(p, grads, **settings):
-    """The weight after each step."""
-    optimizer, weights = GradNormLoRP([p], **settings), []
-    for g in grads:
-        run(optimizer, [p], [[g]])
-        weights.append(p.detach().clone())
-    return torch.stack(weights)
 
 
 def row_norms(p):
