@@ -19,7 +19,7 @@ finetune: $(VENV)/.finetune $(VENV)/.reviews
 test: $(VENV)/.test
 	$(PY) -m pytest $(ARGS)
 
-test-all: $(VENV)/.test
+test-all: $(VENV)/.test $(VENV)/.reviews
 	SLIMSTATE_TEST_ALL=1 $(PY) -m pytest -m "" $(ARGS)
 
 check: $(VENV)/.check
