@@ -27,7 +27,7 @@ CASES = {
     "FRUGAL, svd, sgdm, sgd": (
         FRUGAL,
         {"rank": 2, "update_proj_gap": 10, "projection": "svd", "inner": "sgdm", "outer": "sgd", "betas": (0.5, 0.9)},
-        0.15,
+        0.3,
     ),
     "FRUGAL, density 0": (FRUGAL, {"density": 0}, 0.1),
     "GaLoreAdamW, svd": (GaLoreAdamW, SMALL, 0.3),
