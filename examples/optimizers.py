@@ -137,7 +137,8 @@ class SignSGD(torch.optim.Optimizer):
 
 LOW_RANK = ("rank", "update_proj_gap", "scale")
 
-# The factors come from sweeps of the preset `tiny` (docs/benchmarks/pretrain.md).
+# The factors of adamw, galore, frugal, gradnorm, dct and signsgd come from sweeps of the preset `tiny`
+# (docs/benchmarks/pretrain.md); the others' are those of their kin, or of their papers.
 RECIPES = {
     "adamw": Recipe(adamw, lr_factor=1),
     "adamp": Recipe(adamp, lr_factor=1),

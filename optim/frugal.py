@@ -188,11 +188,6 @@ class FRUGAL(ProjectedOptimizer):
             param_group = dict.fromkeys(self.shares) | param_group if len(own) == 1 else param_group
         super().add_param_group(param_group)
 
-    def _check(self, group: Group) -> None:
-        super()._check(group)
-        if any(group[key] is not None for key in self.shares):
-            self._projection(group)  # raises where the projection does not have what the group says of it
-
     def _check_rule(self, group: Group) -> None:
         check_adam(group)
         for key, allowed in (("inner", RULES), ("outer", OUTER), ("order", ORDERS)):

@@ -100,7 +100,7 @@ class GaLoreAdamW(ProjectedOptimizer):
         seed: int = 0,
         **torch_keywords: Any,
     ) -> None:
-        refuse("GaLoreAdamW", torch_keywords)
+        refuse(type(self).__name__, torch_keywords)
         defaults = dict(
             lr=lr,
             betas=betas,

@@ -1,19 +1,18 @@
 """GradNormLoRP. Huang et al., 2024. https://arxiv.org/abs/2412.19616"""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from slimstate.projections import Projection
 from slimstate.projections._base import compute_dtype, rewrite_
 from slimstate.projections._blocks import blocks
 
 from ._adam import adam_directions, weight_rounding
-from ._base import Group, Spec, refuse
-from ._projected import DEFAULT_RANK, Matrix, ProjectedOptimizer
+from ._base import Group, Spec
+from ._projected import Matrix
+from .galore import GaLoreAdamW
 
 __all__ = ["GradNormLoRP"]
 
@@ -21,7 +20,7 @@ SHORTEST = 1e-12  # the norm of a row; below it, it has no direction
 LENGTH_MOMENTS = ("lengths_avg", "lengths_avg_sq")
 
 
-class GradNormLoRP(ProjectedOptimizer):
+class GradNormLoRP(GaLoreAdamW):
     r"""Adam on the directions of weight rows, in a low-rank subspace, and on their lengths.
 
     Row i of a matrix is seen as :math:`W_i = g_i v_i` with a length and a direction, :math:`\|v_i\| = 1`. What the
@@ -97,47 +96,6 @@ class GradNormLoRP(ProjectedOptimizer):
         >>> torch.allclose(optimizer.state[model.weight]["lengths"], model.weight.norm(dim=1))
         True
     """
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        *,
-        rank: int | float | None = DEFAULT_RANK,
-        update_proj_gap: int = 200,
-        scale: float = 0.25,
-        projection: str | Projection = "svd",
-        side: str = "auto",
-        batch_dims: int = 0,
-        transport: str = "rotate",
-        maximize: bool = False,
-        moment_dtype: str | torch.dtype | None = None,
-        stochastic_rounding: bool | None = None,
-        seed: int = 0,
-        **torch_keywords: Any,
-    ) -> None:
-        refuse("GradNormLoRP", torch_keywords)
-        defaults = dict(
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            rank=rank,
-            update_proj_gap=update_proj_gap,
-            scale=scale,
-            projection=projection,
-            side=side,
-            batch_dims=batch_dims,
-            transport=transport,
-            maximize=maximize,
-            moment_dtype=moment_dtype,
-            stochastic_rounding=stochastic_rounding,
-            seed=seed,
-        )
-        super().__init__(params, defaults)
 
     def _spec(self, p: Tensor, group: Group) -> Spec:
         spec = super()._spec(p, group)
