@@ -455,17 +455,7 @@ def test_stacked_matrices_equal_separate_ones(shape, transport):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(8, 3, 2, 2), (20, 2, 3, 2)])
 def test_a_convolution_equals_its_matrix_and_memory_formats_agree(shape, dtype):
-    grads = gradients(shape, 6, dtype)
-    common = dict(lr=0.1, rank=3, update_proj_gap=2)
-    conv = trajectory(parameter(shape, dtype), grads, **common)
-    matrix = torch.nn.Parameter(parameter(shape, dtype).detach().flatten(1))
-    flat = trajectory(matrix, [g.flatten(1) for g in grads], **common)
-    last = torch.nn.Parameter(parameter(shape, dtype).detach().to(memory_format=torch.channels_last))
-    formatted = trajectory(last, [g.to(memory_format=torch.channels_last) for g in grads], **common)
-    assert last.is_contiguous(memory_format=torch.channels_last)
-    tolerance = dict(rtol=1e-9, atol=1e-9) if dtype == DOUBLE else dict(rtol=2e-2, atol=2e-3)
-    torch.testing.assert_close(conv.flatten(2), flat, **tolerance)
-    torch.testing.assert_close(formatted, conv, **tolerance)
+    training.assert_memory_formats_agree(GradNormLoRP, shape, dtype)
 
 
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12), (8, 3, 2, 2)])

@@ -39,3 +39,18 @@ def trajectory(kind, p, grads, **settings):
         run(optimizer, [p], [[g]])
         weights.append(p.detach().clone())
     return torch.stack(weights)
+
+
+def assert_memory_formats_agree(kind, shape, dtype):
+    """A convolution trains as the matrix of its channels, and alike in any memory format."""
+    grads = gradients(shape, 6, dtype)
+    common = dict(lr=0.1, rank=3, update_proj_gap=2)
+    conv = trajectory(kind, parameter(shape, dtype), grads, **common)
+    matrix = torch.nn.Parameter(parameter(shape, dtype).detach().flatten(1))
+    flat = trajectory(kind, matrix, [g.flatten(1) for g in grads], **common)
+    last = torch.nn.Parameter(parameter(shape, dtype).detach().to(memory_format=torch.channels_last))
+    formatted = trajectory(kind, last, [g.to(memory_format=torch.channels_last) for g in grads], **common)
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    tolerance = dict(rtol=1e-9, atol=1e-9) if dtype == torch.float64 else dict(rtol=2e-2, atol=2e-3)
+    torch.testing.assert_close(conv.flatten(2), flat, **tolerance)
+    torch.testing.assert_close(formatted, conv, **tolerance)
