@@ -147,8 +147,8 @@ def adamw_step_(entries: list[Entry], group: Group, *, scale: float = 1.0, aged:
         scale: of the step, not of the decay.
         aged: whether t is the age of the moments; else it is the parameter's step.
     """
-    rates = dict(lr=scale * group["lr"], weight_decay=group["weight_decay"] / scale)
-    whole: list[tuple[Tensor, ...]] = []
+    lr, weight_decay = scale * group["lr"], group["weight_decay"] / scale
+    whole: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     ages: list[Number] = []
     for x in entries:
         age = x.age if aged else x.step
@@ -157,25 +157,29 @@ def adamw_step_(entries: list[Entry], group: Group, *, scale: float = 1.0, aged:
             whole.append(parts)
             ages.append(age)
         else:
-            _step_in_blocks_(x, age, group, **rates)
+            _step_in_blocks_(x, age, lr, weight_decay, group)
     if whole:
-        _fused_(*map(list, zip(*whole, strict=True)), ages, group=group, **rates)
+        ps, grads, exp_avgs, exp_avg_sqs = (list(tensors) for tensors in zip(*whole, strict=True))
+        _fused_(ps, grads, exp_avgs, exp_avg_sqs, ages, lr, weight_decay, group)
 
 
-def _step_in_blocks_(x: Entry, age: Number, group: Group, **rates: Number) -> None:
+def _step_in_blocks_(x: Entry, age: Number, lr: Number, weight_decay: float, group: Group) -> None:
     dtype, how = compute_dtype(x.p.dtype), rounding(x, group)
-    tensors = [x.p, x.grad, x.state["exp_avg"], x.state["exp_avg_sq"], how.low]
-    parts = [y if y is None or y.ndim else y[None] for y in tensors]
-    assert parts[0] is not None
-    for s in blocks(parts[0], 0, dtype.itemsize):
-        p, grad, exp_avg, exp_avg_sq, low = (None if y is None else y[s] for y in parts)
-        wide = widen(p, low, dtype), grad.to(dtype), *(y.to(dtype, copy=True) for y in (exp_avg, exp_avg_sq))
+    ps, grads, exp_avgs, exp_avg_sqs = map(torch.atleast_1d, (x.p, x.grad, x.state["exp_avg"], x.state["exp_avg_sq"]))
+    lows = None if how.low is None else torch.atleast_1d(how.low)
+    for s in blocks(ps, 0, dtype.itemsize):
+        low = None if lows is None else lows[s]
+        wide = (
+            widen(ps[s], low, dtype),
+            grads[s].to(dtype),
+            *(y[s].to(dtype, copy=True) for y in (exp_avgs, exp_avg_sqs)),
+        )
         w, g, m, v = (y.contiguous() for y in wide)
-        _fused_([w], [g], [m], [v], [age], group=group, **rates)
+        _fused_([w], [g], [m], [v], [age], lr, weight_decay, group)
         offset = s.start * (w.numel() // max(1, w.shape[0]))
-        narrow_(p, w, how._replace(low=low), offset)
-        store_(exp_avg, m, x.key(EXP_AVG), offset)
-        store_(exp_avg_sq, v, x.key(EXP_AVG_SQ), offset)
+        narrow_(ps[s], w, how._replace(low=low), offset)
+        store_(exp_avgs[s], m, x.key(EXP_AVG), offset)
+        store_(exp_avg_sqs[s], v, x.key(EXP_AVG_SQ), offset)
 
 
 def _fused_(
@@ -183,11 +187,10 @@ def _fused_(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    ages: list[Number],
-    *,
-    group: Group,
-    lr: Number,
+    ages: list[Any],
+    lr: Any,
     weight_decay: float,
+    group: Group,
 ) -> None:
     """torch's AdamW kernel over lists; `ages` already count this step."""
     settings = (*group["betas"], group["eps"], weight_decay, group["maximize"])
@@ -278,7 +281,7 @@ def adam_directions(
     kept = [[x.state[key] for x in entries] for key in keys]
     m, v = wide = [[y.to(r.dtype) for y, r in zip(moments, rs, strict=True)] for moments in kept]
     us = [torch.zeros_like(r) for r in rs]  # a weight of zero that takes one step of size 1 becomes the direction
-    _fused_(us, rs, m, v, ages, group=group, lr=1.0, weight_decay=0.0)
+    _fused_(us, rs, m, v, ages, 1.0, 0.0, group)
     for moments, values, purpose in zip(kept, wide, (EXP_AVG, EXP_AVG_SQ), strict=True):
         for x, moment, value in zip(entries, moments, values, strict=True):
             if moment.dtype != value.dtype:

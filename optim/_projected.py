@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from slimstate.ops import Key
 from slimstate.projections import SVD, MatrixView, PowerIteration, Projection, RandomOrthogonal
 from slimstate.projections._base import check_rank, compute_dtype
 from slimstate.projections._blocks import largest_magnitude
@@ -58,8 +59,7 @@ class Arranged(NamedTuple):
     """A group's parameters in a step: those without a basis, and the others in lists that are updated together."""
 
     dense: list[Entry]
-    matrices: list[list[Matrix]]
-    projection: Projection
+    matrices: list[tuple[list[Matrix], Projection]]
 
 
 class ProjectedOptimizer(Optimizer):
@@ -129,8 +129,7 @@ class ProjectedOptimizer(Optimizer):
         """Carries the moments of matrix j of the stack into a new basis; overlap = Q_new^T Q_old."""
         exp_avg, exp_avg_sq = (matrix.member(matrix.state[key], j) for key in ("exp_avg", "exp_avg_sq"))
         keys = [matrix.key(purpose) for purpose in (ROTATED_EXP_AVG, ROTATED_EXP_AVG_SQ)]
-        age = matrix.step - 1
-        rotate_(exp_avg, exp_avg_sq, overlap, group["betas"], age, keys, offset=j * exp_avg.numel())
+        rotate_(exp_avg, exp_avg_sq, overlap, group["betas"], float(matrix.step) - 1, keys, j * exp_avg.numel())
 
     # Groups.
 
@@ -279,8 +278,10 @@ class ProjectedOptimizer(Optimizer):
 
     def _arranged(self, group: Group, entries: list[Entry]) -> Arranged:
         """Refreshes the bases that are due, and one that is not there yet."""
-        projection = self._projection(group)
         places = {p: i for i, p in enumerate(p for p in group["params"] if self._is_projected(p, group))}
+        if not places:
+            return Arranged(entries, [])
+        projection = self._projection(group)
         dense, matrices = [], []
         for x in entries:
             if x.p not in places:
@@ -293,13 +294,13 @@ class ProjectedOptimizer(Optimizer):
             if "age" in x.state:
                 x.state["age"] += 1
             matrices.append(matrix)
-        return Arranged(dense, list(_in_blocks(matrices, projection)), projection)
+        return Arranged(dense, [(some, projection) for some in _in_blocks(matrices, projection)])
 
     def _step_group(self, group: Group, entries: Arranged) -> None:
         self._dense_step_(entries.dense, group)
-        for some in entries.matrices:
-            reduced = [x.reduced or self._reduce(x, group, entries.projection) for x in some]
-            self._update(some, reduced, group, entries.projection)
+        for some, projection in entries.matrices:
+            reduced = [x.reduced or self._reduce(x, group, projection) for x in some]
+            self._update(some, reduced, group, projection)
 
     def _refresh(self, matrix: Matrix, group: Group, projection: Projection, *, scheduled: bool) -> None:
         """Fits a new basis where it is due, and carries the moments over.
@@ -363,7 +364,7 @@ def rotate_(
     overlap: Tensor,
     betas: tuple[float, float],
     age: float,
-    keys: list[int],
+    keys: list[Key],
     offset: int = 0,
 ) -> None:
     r"""Carries the moments M, V (r x k) into a new basis, in place; C = Q_new^T Q_old (r x r) is the overlap.

@@ -270,8 +270,7 @@ class GaLoreAdafactor(ProjectedOptimizer):
             return grads[j][rows].to(dtype).reshape(-1, view.columns)
 
         eta = step_size(x, view, group)
-        scaled = isinstance(eta, Tensor) and group["scale_parameter"]
-        etas = eta.view(-1).unbind() if scaled else [eta] * len(grads)
+        etas = eta.view(-1).unbind() if isinstance(eta, Tensor) and eta.ndim else [eta] * len(grads)
         left, right = [], []
         for j in range(len(grads)):
             row_means, column_sums = torch.empty_like(row[j]), torch.zeros_like(column[j])
@@ -306,9 +305,9 @@ def step_size(x: Entry, view: MatrixView, group: Group) -> Number:
     lr = group["lr"]
     if lr is None:
         lr = smaller(1e-6 * x.step if group["warmup_init"] else 1e-2, x.step**-0.5)
-    if not group["scale_parameter"]:
-        return lr
     dtype, low = compute_dtype(x.p.dtype), x.state.get("compensation")
+    if not group["scale_parameter"]:
+        return lr.to(dtype) if isinstance(lr, Tensor) else lr  # two 0-d tensors would meet in float64
     weights = view.members(x.p.reshape(view.shape))
     lows = [None] * len(weights) if low is None else view.members(low.view(view.shape))
     lengths = [

@@ -161,7 +161,7 @@ class FixedDictionary(IndexProjection):
                 r[:, columns] = self._transform(x).index_select(0, index)
                 continue
             for s, rows in self._pieces(index, len(m), dtype):
-                torch.mm(rows, x, out=r[s, columns])
+                r[s, columns] = rows @ x
         return r
 
     def _pieces(self, basis: Tensor, d: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

@@ -9,7 +9,7 @@ either: ``torch.compile`` then traces the reference and fuses it, which an opaqu
 """
 
 import warnings
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -125,8 +125,8 @@ def stochastic_round_reference_(out: Tensor, x: Tensor, key: Key, offset: int = 
 
     ``out`` and ``x`` must be contiguous.
     """
-    low = key & _WORD
-    high = ((key >> 32) & _WORD) ^ _mix32(low)
+    low: Any = key & _WORD
+    high: Any = ((key >> 32) & _WORD) ^ _mix32(low)
     low = low ^ _mix32(high)
     round_bits = _bfloat16_bits if out.dtype == torch.bfloat16 else _float16_bits
 
