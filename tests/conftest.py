@@ -6,6 +6,8 @@ import torch
 
 from slimstate import ops
 
+pytest_plugins = ["contract_table"]
+
 torch.set_num_threads(1)  # most matrices here are small: waking a second thread costs more than it saves
 
 hypothesis.settings.register_profile("default", max_examples=20, derandomize=True, deadline=None)

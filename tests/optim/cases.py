@@ -78,10 +78,12 @@ CASES |= {
         "4-bit errors": {"error_feedback": "4bit"},
     }.items()
 }
-FEW = ["AdamW", "AdamP", "GaLoreAdamW, svd, rotate", "GaLoreAdamW, power, keep", "GaLoreAdamW, random, reset"]
-FEW += ["GradNormLoRP, svd, rotate", "DCTAdamW, 8-bit errors"]
+# One or more of each class, for what its variants have in common.
+FEW = ["AdamW", "AdamP", "SGDP", "GaLoreAdamW, svd, rotate", "GaLoreAdamW, power, keep", "GaLoreAdamW, random, reset"]
+FEW += ["GradNormLoRP, svd, rotate", "DCTAdamW, 8-bit errors", "FRUGAL, columns", "GaLoreAdafactor, beta1"]
 every = pytest.mark.parametrize("name", CASES)
 few = pytest.mark.parametrize("name", FEW)
+contract = pytest.mark.contract
 
 # What shares its defaults with something else than torch.optim.AdamW.
 TORCHS = {AdamP: torch.optim.Adam, SGDP: torch.optim.SGD}
@@ -120,6 +122,11 @@ def loss_of(net, i):
     return torch.nn.functional.mse_loss(net(x), y)
 
 
+def share(name):
+    """Settings under which no rank is above a side, and none is clamped: the rank as a share."""
+    return {"rank": 0.5} if "rank" in CASES[name][1] else {}
+
+
 def backward(net, i):
     """The loss of batch number i; its gradients are in place."""
     net.zero_grad()
@@ -135,7 +142,11 @@ def train(net, optimizer, start, stop):
 
 
 def weights(net):
-    return [p.detach().clone() for p in net.parameters()]
+    return weights_of(net.parameters())
+
+
+def weights_of(params):
+    return [p.detach().clone() for p in params]
 
 
 def assert_equal(a, b):
