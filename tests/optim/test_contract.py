@@ -320,7 +320,7 @@ def test_parameters_of_every_shape_train(name, dtype):
         return [torch.dist(p.detach().double(), t.double()).item() for p, t in zip(params, targets, strict=True)]
 
     before = distances()
-    for _ in range(8):
+    for _ in range(6):
         run(optimizer, params, [[p.detach() - t for p, t in zip(params, targets, strict=True)]])
     for p, shape, b, a in zip(params, SHAPES, before, distances(), strict=True):
         assert (p.shape, p.dtype) == (shape, dtype)
@@ -714,7 +714,7 @@ def test_copies_continue_alike_and_apart(name, how):
     assert {k for k in vars(optimizer) if k[0] != "_"} == {k for k in vars(copied) if k[0] != "_"}
     assert_same_continuation(net, optimizer, other, copied, 3)
     copied.load_state_dict(optimizer.state_dict())
-    assert_same_continuation(net, optimizer, other, copied, 8)
+    assert_same_continuation(net, optimizer, other, copied, 6, steps=1)
 
 
 @contract("`repr` shows the settings")
@@ -992,8 +992,7 @@ def test_grad_scaler_scales_back_and_skips_overflows(name):
 
 @contract("`get_optimizer_state_dict` and `set_optimizer_state_dict`, flattened too, on a fresh optimizer")
 @every
-@pytest.mark.parametrize("flatten", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "flatten"), [(torch.float32, False), (torch.bfloat16, True)])
 def test_distributed_checkpoints_continue_on_a_fresh_optimizer(name, dtype, flatten):
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
     net, other = model(dtype), model(dtype, seed=1)
