@@ -1037,18 +1037,48 @@ def test_a_step_with_zero_gradients_and_lr_zero_only_creates_the_state(name, dty
         assert not optimizer.state[p].get("basis", torch.zeros(1)).any()
 
 
+@pytest.fixture
+def process_group():
+    """Of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed
+    torch.distributed.destroy_process_group()
+
+
 @contract("sharded parameters (DTensor) are refused by name")
 @few
-def test_sharded_parameters_are_refused(name):
-    dist = torch.distributed
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = dist.init_device_mesh("cpu", (1,))
-        sharded = torch.nn.Parameter(dist.tensor.distribute_tensor(torch.ones(8, 6), mesh))
-        with pytest.raises(NotImplementedError, match="sharded"):
-            build(name, [sharded])
-    finally:
-        dist.destroy_process_group()
+def test_sharded_parameters_are_refused(name, process_group):
+    mesh = process_group.init_device_mesh("cpu", (1,))
+    sharded = torch.nn.Parameter(process_group.tensor.distribute_tensor(torch.ones(8, 6), mesh))
+    with pytest.raises(NotImplementedError, match="sharded"):
+        build(name, [sharded])
+
+
+@contract("`DistributedDataParallel` and `ZeroRedundancyOptimizer`, in a group of one process")
+@few
+def test_data_parallel_wrappers_train_and_resume(name, process_group):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own deprecations
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    def wrapped(net):
+        kind, matrices, common = CASES[name]
+        settings = {"lr": 0.02, **matrices, **common}
+        return ZeroRedundancyOptimizer(net.parameters(), optimizer_class=kind, **settings)
+
+    net, same = model(), model()
+    optimizer = wrapped(net)
+    train(torch.nn.parallel.DistributedDataParallel(net), optimizer, 0, 3)
+    place = {p: i for i, p in enumerate(net.parameters())}
+    order = [place[p] for p in optimizer.optim.param_groups[0]["params"]]  # by size: what is drawn goes by the position
+    params = list(same.parameters())
+    train(same, build(name, [params[i] for i in order]), 0, 3)
+    assert_equal(weights(net), weights(same))
+    other = copy.deepcopy(net)
+    resumed = wrapped(other)
+    optimizer.consolidate_state_dict()
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # it does not copy by itself
+    assert_same_continuation(net, optimizer, other, resumed, 3)
 
 
 @contract("a foreign or damaged checkpoint is refused whole")
