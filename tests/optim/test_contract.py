@@ -6,6 +6,7 @@ A new optimizer is a row of CASES in cases.py. A test names its row of the table
 import copy
 import inspect
 import io
+import json
 import math
 import pickle
 import warnings
@@ -137,6 +138,7 @@ VALUES = [
     ({"lr": torch.tensor([0.1, 0.2])}, "Tensor lr must be 1-element"),
     ({"betas": (1.0, 0.9)}, r"betas must be two numbers in \[0, 1\)"),
     ({"betas": (0.9, -0.1)}, r"betas must be two numbers in \[0, 1\)"),
+    ({"betas": (torch.tensor(0.9), 0.999)}, r"betas must be two numbers in \[0, 1\)"),
     ({"betas": 0.9}, r"betas must be two numbers in \[0, 1\)"),
     ({"betas": (0.9,)}, r"betas must be two numbers in \[0, 1\)"),
     ({"eps": -1e-8}, "eps must be a number >= 0"),
@@ -267,6 +269,15 @@ def test_an_optimizer_makes_no_promises_beyond_torchs(name):
     kind = type(optimizer)
     for method in ("state_dict", "zero_grad", "register_step_post_hook"):
         assert getattr(kind, method) is getattr(torch.optim.Optimizer, method)
+
+
+@contract("groups hold what JSON can write, beside a Tensor lr")
+@every
+def test_groups_hold_primitives(name):
+    optimizer = build(name, model().named_parameters())
+    groups = optimizer.state_dict()["param_groups"]
+    written = json.loads(json.dumps(groups))
+    assert [group.keys() for group in written] == [group.keys() for group in groups]
 
 
 @contract("NumPy's numbers")
