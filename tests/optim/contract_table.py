@@ -52,6 +52,9 @@ wrote this page, with PyTorch {version}.
 Not applicable, and refused by name:
 
 {reasons}
+
+`amsgrad=True`, `capturable=True` and `fused=False` are refused by name too: no running maximum is kept, the counter of
+steps stays on the CPU, and torch's fused kernel is used wherever there is one.
 """
 
 
@@ -70,13 +73,13 @@ def columns(item: pytest.Item, marker: pytest.Mark) -> set[str]:
     """The optimizers that a test is about.
 
     Raises:
-        pytest.UsageError: if neither its parameters nor its marker name one.
+        pytest.UsageError: if neither its parameters nor its marker name one, or the marker names something else.
     """
-    given = set(marker.args[1:])
-    for value in item.callspec.params.values() if hasattr(item, "callspec") else ():
-        given |= {CASES[value][0].__name__ if value in CASES else value} if isinstance(value, str) else set()
-    found = given & set(OPTIMIZERS)
-    if not found:
+    named = set(marker.args[1:])
+    values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    words = (CASES[value][0].__name__ if value in CASES else value for value in values if isinstance(value, str))
+    found = named | (set(words) & set(OPTIMIZERS))
+    if not found or not named <= set(OPTIMIZERS):
         raise pytest.UsageError(f"{item.nodeid}: which optimizer is it about? See contract_table.py")
     return found
 
