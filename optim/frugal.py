@@ -20,7 +20,8 @@ from slimstate.projections import (
 from slimstate.projections._base import compute_dtype, rewrite_
 
 from ._adam import check_adam, is_number, weight_rounding
-from ._base import Group, Spec, refuse
+from ._base import Group, Spec, State, refuse
+from ._loading import misfit
 from ._projected import Matrix, ProjectedOptimizer
 from ._rules import RULES, directions, rule_spec, whole_step_
 
@@ -271,6 +272,12 @@ class FRUGAL(ProjectedOptimizer):
             return frozenset(rule_spec(p, group, ()))
         return frozenset()
 
+    def _check_state(self, name: str, p: Tensor, group: Group, state: State) -> None:
+        super()._check_state(name, p, group, state)
+        passing = self._passing(p, group)
+        if passing and bool(state["age"]) != (passing <= state.keys()):
+            raise misfit(f"the state of parameter {name} has age {int(state['age'])} and no moments, or the reverse")
+
     # Steps.
 
     def _dense_step_(self, params: list[Tensor], group: Group) -> None:
@@ -298,6 +305,7 @@ class FRUGAL(ProjectedOptimizer):
             if not self._has_turn(place, len(tensors), group, step):
                 for key in moments:
                     state.pop(key, None)
+                state["age"].zero_()
                 others.append(p)
                 continue
             selecting = (step - 1) % group["update_proj_gap"] == 0 and self._count(group, len(tensors)) < len(tensors)
