@@ -271,7 +271,9 @@ class Optimizer(torch.optim.Optimizer):
         accepted["step"] = read_step(state["step"], name)
         spec, passing = self._spec(p, group), self._passing(p, group)
         if unknown := state.keys() - spec.keys() - {"step", "stream"}:
-            raise misfit(f"the state of parameter {name} has an entry {min(map(str, unknown))!r}, which is unknown here")
+            raise misfit(
+                f"the state of parameter {name} has an entry {min(map(str, unknown))!r}, which is unknown here"
+            )
         absent = frozenset() if passing & state.keys() else passing
         for entry, (shape, dtype) in spec.items():
             if entry not in absent:

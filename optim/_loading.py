@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any
 
@@ -100,7 +101,7 @@ def _flat(names: list[list[str]]) -> list[str]:
 
 def _by_name(saved: list[dict[str, Any]], theirs: list[list[str]], ours: list[list[str]]) -> list[dict[str, Any]]:
     for whose, names in (("its", _flat(theirs)), ("this optimizer's", _flat(ours))):
-        if twice := [a for a, b in zip(names, names[1:], strict=False) if a == b]:
+        if twice := [a for a, b in pairwise(names) if a == b]:
             raise misfit(f"parameters are in another order, and two of {whose} have the name {twice[0]!r}")
     place = {
         name: (group, key)
@@ -110,18 +111,18 @@ def _by_name(saved: list[dict[str, Any]], theirs: list[list[str]], ours: list[li
     wanted = set(_flat(ours))
     if wanted != place.keys():
         lists = [_some(names) for names in (wanted - place.keys(), place.keys() - wanted)]
-        raise misfit(f"it has no parameters {lists[0]}, and this optimizer has none of the names {lists[1]}")
+        raise misfit(f"parameters that it lacks: {lists[0]}; parameters that are not here: {lists[1]}")
     groups = []
     for names in ours:
         sources = [place[name][0] for name in names]
         settings = [{k: v for k, v in group.items() if k not in LABELS} for group in sources]
         for name, other in zip(names, settings, strict=True):
-            if differing := [k for k in settings[0].keys() | other.keys() if not _same(settings[0].get(k), other.get(k))]:
-                key = min(differing)
-                raise misfit(
-                    f"parameters {names[0]} and {name} are in one group here and in two of the checkpoint, with "
-                    f"{key}={settings[0].get(key)!r} and {key}={other.get(key)!r}: group them as they were saved"
-                )
+            for key in sorted(settings[0].keys() | other.keys()):
+                if not _same(a := settings[0].get(key), b := other.get(key)):
+                    raise misfit(
+                        f"parameters {names[0]} and {name} are in one group here and in two of the checkpoint, with "
+                        f"{key}={a!r} and {key}={b!r}: group them as they were saved"
+                    )
         groups.append({**(settings[0] if settings else {}), "params": [place[name][1] for name in names]})
     return groups
 
@@ -134,7 +135,7 @@ def _same(a: Any, b: Any) -> bool:
 
 def _some(names: Iterable[str]) -> str:
     names = sorted(names)
-    return f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}; {len(names)} in all)" if names else "(none)"
+    return ", ".join(names[:4]) + f" and {len(names) - 4} more" * (len(names) > 4) if names else "none"
 
 
 def check_plain(key: str, value: Any) -> None:
@@ -172,7 +173,7 @@ def read_step(value: Any, name: str) -> Tensor:
     Raises:
         ValueError: unless it is a whole number >= 0.
     """
-    number = value
+    number: Any = value
     if isinstance(value, Tensor) and value.layout == torch.strided and value.numel() == 1 and not value.is_meta:
         number = value.item()
     if not isinstance(number, Real) or isinstance(number, bool) or not 0 <= number < math.inf or number % 1:
