@@ -173,10 +173,10 @@ def read_step(value: Any, name: str) -> Tensor:
     Raises:
         ValueError: unless it is a whole number >= 0.
     """
-    number: Any = value
+    number = value
     if isinstance(value, Tensor) and value.layout == torch.strided and value.numel() == 1 and not value.is_meta:
         number = value.item()
-    if not isinstance(number, Real) or isinstance(number, bool) or not 0 <= number < math.inf or number % 1:
+    if not isinstance(number, int | float) or isinstance(number, bool) or not 0 <= number < math.inf or number % 1:
         raise misfit(f"'step' of parameter {name} must be a whole number >= 0, found {_found(value)}")
     return torch.tensor(min(number, torch.finfo(torch.float32).max), dtype=torch.float32)
 

@@ -2,7 +2,11 @@
 
 import copy
 import io
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +16,19 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from cases import assert_equal, assert_same_continuation, build, every, few, model, moments_of, train, weights
-from slimstate.optim import AdamW, GaLoreAdamW
+from cases import (
+    CASES,
+    assert_equal,
+    assert_same_continuation,
+    build,
+    every,
+    few,
+    model,
+    moments_of,
+    train,
+    weights,
+)
+from slimstate.optim import AdamW, GaLoreAdamW, state_bytes
 
 
 @every
@@ -28,22 +43,91 @@ def test_checkpoints_with_and_without_names_fit_each_other(name, named):
     assert_same_continuation(nets[0], a, nets[1], b, 3)  # what is random goes by the stream in the state
 
 
+def saved(x):
+    """As it comes back from a file."""
+    file = io.BytesIO()
+    torch.save(x, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
 @every
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_state_dict_survives_saving_with_weights_only(name, dtype):
-    net = model(dtype)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_saved_and_resumed_at_every_step_it_trains_bit_for_bit_as_if_never_stopped(name, dtype):
+    net, other = model(dtype), model(dtype)
+    optimizer, resumed = build(name, net.parameters()), build(name, other.parameters())
+    for i in range(6):
+        train(net, optimizer, i, i + 1)
+        train(other, resumed, i, i + 1)
+        assert_equal(weights(net), weights(other))
+        checkpoint = saved({"weights": weights(other), "optimizer": resumed.state_dict()})
+        assert_equal(checkpoint["optimizer"], optimizer.state_dict())
+        torch.manual_seed(100 + i)  # no choice hangs on the global generator
+        other = model(dtype, seed=100 + i)
+        with torch.no_grad():
+            for p, weight in zip(other.parameters(), checkpoint["weights"], strict=True):
+                p.copy_(weight)
+        resumed = build(name, other.parameters(), lr=0.5)
+        resumed.load_state_dict(checkpoint["optimizer"])
+        assert_equal(resumed.state_dict(), optimizer.state_dict())
+
+
+# What torch.save adds for each tensor, and for the rest of a state dict: headers, alignment to 64 bytes, names.
+BYTES_A_TENSOR, BYTES_A_FILE = 700, 8192
+
+
+@every
+def test_a_file_holds_the_state_and_little_else(name):
+    net = model()
     optimizer = build(name, net.parameters())
     train(net, optimizer, 0, 3)
+    tensors = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in tensors)
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=True)
-    assert_equal(loaded, optimizer.state_dict())
-    other = copy.deepcopy(net)
-    resumed = build(name, other.parameters())
-    resumed.load_state_dict(loaded)
-    assert_equal(resumed.state_dict(), optimizer.state_dict())
-    assert_same_continuation(net, optimizer, other, resumed, 3)
+    assert file.tell() <= state_bytes(optimizer) + BYTES_A_TENSOR * len(tensors) + BYTES_A_FILE
+
+
+RESUME = """
+import sys
+from pathlib import Path
+
+import torch
+
+from cases import CASES, build, model, train
+
+folder = Path(sys.argv[1])
+torch.set_num_threads(1)
+torch.manual_seed(77)
+ends = {}
+for i, name in enumerate(CASES):
+    checkpoint = torch.load(folder / f"{i}.pt", weights_only=True)
+    for dtype, (weights, state) in checkpoint.items():
+        net = model(getattr(torch, dtype), seed=5)
+        optimizer = build(name, net.named_parameters())
+        net.load_state_dict(weights)
+        optimizer.load_state_dict(state)
+        train(net, optimizer, 3, 7)
+        ends[name, dtype] = [p.detach() for p in net.parameters()]
+torch.save(ends, folder / "ends.pt")
+"""
+
+
+def test_every_optimizer_resumes_bit_for_bit_in_another_process(tmp_path):
+    ends = {}
+    for i, name in enumerate(CASES):
+        checkpoint = {}
+        for dtype in ("float32", "bfloat16"):
+            net = model(getattr(torch, dtype))
+            optimizer = build(name, net.named_parameters())
+            train(net, optimizer, 0, 3)
+            checkpoint[dtype] = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
+            train(net, optimizer, 3, 7)
+            ends[name, dtype] = weights(net)
+        torch.save(checkpoint, tmp_path / f"{i}.pt")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    subprocess.run([sys.executable, "-c", RESUME, str(tmp_path)], check=True, env=environment)
+    assert_equal(torch.load(tmp_path / "ends.pt", weights_only=True), ends)
 
 
 @every
