@@ -1,5 +1,6 @@
 """Every optimizer goes on from its checkpoints bit for bit, and refuses whole what is not one of them."""
 
+import contextlib
 import copy
 import io
 import os
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import (
@@ -519,6 +522,90 @@ def test_a_damaged_checkpoint_is_refused_with_the_reason_before_anything_is_chan
     assert_equal(optimizer.state_dict(), before)
     assert [group.keys() for group in optimizer.param_groups] == [group.keys() for group in groups]
     train(net, optimizer, 2, 3)
+
+
+NUMBERS = st.one_of(st.integers(-(2**40), 2**40), st.floats(), st.booleans(), st.none(), st.complex_numbers())
+SHAPES = st.lists(st.integers(0, 4), max_size=3)
+DTYPES = st.sampled_from(
+    [torch.float32, torch.float64, torch.bfloat16, torch.int8, torch.int32, torch.int64, torch.bool, torch.complex64]
+)
+TENSORS = st.builds(lambda shape, dtype, x: torch.full(shape, x).to(dtype), SHAPES, DTYPES, st.integers(-2, 40))
+THINGS = st.one_of(NUMBERS, TENSORS, st.text(max_size=3), st.just({}), st.just([]), st.just({"step": 1}), st.just([0]))
+WARPS = st.sampled_from(
+    [
+        lambda x: -x,
+        lambda x: x[:-1],
+        lambda x: x.flatten(),
+        lambda x: x.double(),
+        lambda x: x.to(torch.bfloat16),
+        lambda x: x.long(),
+        lambda x: x.int() + 1,
+        lambda x: x.mT if x.ndim > 1 else x[None],
+        lambda x: torch.cat([x, x]),
+        lambda x: x.flip(0),
+        lambda x: x.new_zeros(()).expand(x.shape),
+        lambda x: x * 0,
+        lambda x: x + 0j,
+        lambda x: x.to_sparse(),
+        lambda x: x.to("meta"),
+    ]
+)
+
+
+def mutate(data, tree):
+    """Changes something somewhere in a nest of dicts and lists."""
+    keys = list(tree) if isinstance(tree, dict) else list(range(len(tree)))
+    key = data.draw(st.sampled_from(keys), "place")
+    value = tree[key]
+    deeper = isinstance(value, dict | list) and value
+    match data.draw(st.sampled_from(["descend"] * 9 + ["put"] if deeper else ["put", "drop", "add", "warp"]), "how"):
+        case "descend":
+            mutate(data, value)
+        case "drop":
+            del tree[key]
+        case "add":
+            if isinstance(tree, dict):
+                tree[data.draw(st.sampled_from(["age", "basis", "rank", "seed", "params", "mine", 0, 50]), "key")] = (
+                    data.draw(THINGS, "value")
+                )
+            else:
+                tree.append(copy.deepcopy(value))
+        case "warp" if isinstance(value, torch.Tensor):
+            with contextlib.suppress(RuntimeError, IndexError):
+                tree[key] = data.draw(WARPS, "warp")(value)
+        case _:
+            tree[key] = data.draw(THINGS, "value")
+
+
+MUTATED = ["AdamW", SVD, ROWS, CODES, "FRUGAL, blocks", "GradNormLoRP, svd, rotate", "GaLoreAdafactor, beta1"]
+
+
+@pytest.mark.parametrize("name", MUTATED)
+@pytest.mark.parametrize("named", [False, True])
+@given(data=st.data())
+def test_whatever_a_checkpoint_has_become_it_is_refused_whole_or_trains_and_saves(name, named, data):
+    net = model()
+    optimizer = build(name, net.named_parameters() if named else net.parameters())
+    train(net, optimizer, 0, 2)
+    checkpoint, before = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.state_dict())
+    for _ in range(data.draw(st.integers(1, 2), "mutations")):
+        mutate(data, checkpoint)
+    try:
+        optimizer.load_state_dict(checkpoint)
+    except ValueError as error:
+        assert "does not fit this optimizer: " in str(error)
+        assert_equal(optimizer.state_dict(), before)
+    for i in range(2, 4):
+        train(net, optimizer, i, i + 1)
+        for _, p, group in optimizer._named():
+            state, passing = optimizer.state[p], optimizer._passing(p, group)
+            spec = optimizer._spec(p, group)
+            found = {key: (tuple(x.shape), x.dtype) for key, x in state.items() if key not in ("step", "stream")}
+            assert spec.keys() - passing <= found.keys()
+            assert found == {key: spec[key] for key in found}
+            assert state["step"].shape == () and isinstance(state["stream"], int)
+        again = saved(optimizer.state_dict())
+        build(name, model().parameters()).load_state_dict(again)
 
 
 @pytest.mark.parametrize("what", [None, 3, [], "state"])
