@@ -273,7 +273,11 @@ class ProjectedOptimizer(Optimizer):
 
     def _check_state(self, name: str, p: Tensor, group: Group, state: State) -> None:
         super()._check_state(name, p, group, state)
-        if not self._is_projected(p, group) or (index := state.get(IndexProjection.key)) is None:
+        if not self._is_projected(p, group):
+            return
+        if not state["step"] and state["refreshes"].any():
+            raise misfit(f"parameter {name} has a basis, which cannot be at its 'step' 0")
+        if (index := state.get(IndexProjection.key)) is None:
             return
         d, fitted = self._view(p, group).d, state["refreshes"].to(index.device) > 0
         if (index >= d).any() or ((index.diff() <= 0).any(-1) & fitted).any():
