@@ -239,7 +239,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _accepted_group(self, own: Group, saved: Group) -> Group:
         """The saved hyperparameters, checked, over this optimizer's own."""
-        group = {key: value for key, value in own.items() if key in self.defaults or key == "name"} | saved
+        group = {key: value for key, value in own.items() if key in self.defaults.keys() | BOOKKEEPING} | saved
         torchs = {key: group.pop(key) for key in TORCHS - self.defaults.keys() if key in group}
         try:
             for key in group.keys() - self.defaults.keys() - BOOKKEEPING:

@@ -21,7 +21,7 @@ __all__ = [
     "unwrapped",
 ]
 
-LABELS = frozenset({"params", "param_names", "name"})  # what a group has beside hyperparameters
+LABELS = frozenset({"params", "param_names", "name", "nonfinite_steps"})  # of a group as it was divided then
 
 
 def misfit(reason: str) -> ValueError:
