@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from slimstate.ops import counter_key
 
-from ._loading import arranged, check_layout, check_plain, misfit, other_entries, read_step, read_stream, read_tensor
+from ._loading import check_layout, check_plain, misfit, other_entries, read_step, read_stream, read_tensor, regrouped
 
 __all__ = ["Group", "Optimizer", "Spec", "State", "refuse"]
 
@@ -38,7 +38,8 @@ TORCH_KEYWORDS: dict[str, tuple[tuple[bool | None, ...], str]] = {
     "differentiable": ((False,), "steps are not recorded by autograd; leave it False"),
 }
 
-DECOUPLED = "decoupled_weight_decay"  # how torch.optim tells AdamW from Adam in a group
+# What torch.optim's groups say beside: of these `amsgrad` and the last, which tells AdamW from Adam, matter to a state.
+DECOUPLED = "decoupled_weight_decay"
 TORCHS = TORCH_KEYWORDS.keys() | {DECOUPLED}
 
 
@@ -225,7 +226,7 @@ class Optimizer(torch.optim.Optimizer):
     def _accepted(self, state_dict: dict[str, Any]) -> tuple[dict[Tensor, State], dict[str, Any]]:
         """Copies of the parameters' states, and the rest of the state dict in this optimizer's order."""
         check_layout(state_dict)
-        groups = arranged(state_dict["param_groups"], self.param_groups)
+        groups = regrouped(state_dict["param_groups"], self.param_groups)
         groups = [self._accepted_group(*pair) for pair in zip(self.param_groups, groups, strict=True)]
         states: dict[Tensor, State] = {}
         owners: dict[int | str, Tensor] = {}
@@ -250,7 +251,7 @@ class Optimizer(torch.optim.Optimizer):
             self._check(group)
             if not torchs.pop(DECOUPLED, True) and group["weight_decay"]:
                 raise ValueError("its weight decay is not decoupled, like torch.optim.Adam's; here it always is")
-            refuse(type(self).__name__, torchs)
+            refuse(type(self).__name__, {key: value for key, value in torchs.items() if key == "amsgrad"})
         except (ValueError, TypeError, OverflowError) as error:
             raise misfit(str(error)) from error
         return group

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "arranged",
     "check_layout",
     "check_plain",
     "misfit",
@@ -18,6 +17,7 @@ __all__ = [
     "read_step",
     "read_stream",
     "read_tensor",
+    "regrouped",
     "unwrapped",
 ]
 
@@ -52,7 +52,7 @@ def check_layout(state_dict: dict[str, Any]) -> None:
                 raise misfit(f"{key!r} of group {i} must be a list of parameters' numbers or names, found {entries!r}")
 
 
-def arranged(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def regrouped(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The saved groups in the order and the division of the optimizer's own: by the parameters' names where both have
     them, else as they come.
 
