@@ -235,7 +235,8 @@ class Optimizer(torch.optim.Optimizer):
             if owners.setdefault(key, p) is not p:
                 raise misfit(f"its groups list parameter {key!r} twice")
             if state := self._accepted_state(name, p, group, state_dict["state"].get(key, {})):
-                states[p] = {"stream": key if isinstance(key, int) else position} | state
+                state.setdefault("stream", key if isinstance(key, int) else position)
+                states[p] = state
         return states, {"state": other_entries(state_dict["state"], owners), "param_groups": groups}
 
     def _accepted_group(self, own: Group, saved: Group) -> Group:
@@ -262,14 +263,12 @@ class Optimizer(torch.optim.Optimizer):
             raise misfit(f"the state of parameter {name} must be a dict, found a {type(state).__name__}")
         # torch's unflattening makes empty dicts of what was not saved.
         state = {key: value for key, value in state.items() if not (isinstance(value, dict) and not value)}
-        accepted: State = {}
-        if "stream" in state:
-            accepted["stream"] = read_stream(state["stream"], name)
+        stream = {"stream": read_stream(state["stream"], name)} if "stream" in state else {}
         if state.keys() <= {"stream"}:  # forgotten
-            return accepted
+            return stream
         if "step" not in state:
             raise misfit(f"the state of parameter {name} has no 'step'")
-        accepted["step"] = read_step(state["step"], name)
+        accepted: State = {"step": read_step(state["step"], name), **stream}
         spec, passing = self._spec(p, group), self._passing(p, group)
         if unknown := state.keys() - spec.keys() - {"step", "stream"}:
             raise misfit(
