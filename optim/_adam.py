@@ -215,10 +215,10 @@ def _adamw_(
     weight_decay: float,
     maximize: bool,
 ) -> None:
-    # On the parameter's device, and one less, since the kernel counts by itself.
-    before = [
-        torch.full((), age - 1, dtype=torch.float32, device=p.device) for p, age in zip(params, ages, strict=True)
-    ]
+    fused = params[0].device.type in FUSED_DEVICES
+    # One less, since the kernel counts by itself; on the device for it, and where Python reads it otherwise.
+    devices = [p.device if fused else torch.device("cpu") for p in params]
+    before = [torch.full((), age - 1, dtype=torch.float32, device=d) for age, d in zip(ages, devices, strict=True)]
     adamw(
         params,
         grads,
@@ -226,7 +226,7 @@ def _adamw_(
         exp_avg_sqs,
         [],
         before,
-        fused=params[0].device.type in FUSED_DEVICES,
+        fused=fused,
         foreach=False,
         amsgrad=False,
         beta1=beta1,

@@ -78,6 +78,12 @@ CASES |= {
         "4-bit errors": {"error_feedback": "4bit"},
     }.items()
 }
+CASES |= {
+    f"{name}, compensated": (kind, matrices, common | {"compensation": True})
+    for name, (kind, matrices, common) in {
+        name: CASES[name] for name in ("AdamW", "GaLoreAdamW, svd, rotate", "FRUGAL, columns")
+    }.items()
+}
 # One or more of each class, for what its variants have in common.
 FEW = ["AdamW", "AdamP", "SGDP", "GaLoreAdamW, svd, rotate", "GaLoreAdamW, power, keep", "GaLoreAdamW, random, reset"]
 FEW += ["GradNormLoRP, svd, rotate", "DCTAdamW, 8-bit errors", "FRUGAL, columns", "GaLoreAdafactor, beta1"]

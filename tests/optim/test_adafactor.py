@@ -691,24 +691,6 @@ def test_no_temporary_is_as_large_as_the_weight(beta1, dtype, rank, monkeypatch)
     assert 2048 <= mode.largest <= (4096 if rank is None else 4 * 4 * 512)  # a block, or R of the stack
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rule", RULES)
-def test_a_step_between_refreshes_waits_for_no_value(rule, dtype):
-    """On the device meta there is none to wait for: reading one raises."""
-    shapes = [(12, 20), (20, 12), (6,), (2, 9, 7), (8, 3, 2, 2)]
-    params = [torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")) for shape in shapes]
-    groups = [{"params": params[:2], "rank": 3}, {"params": params[3:4], "rank": 3, "batch_dims": 1}]
-    optimizer = GaLoreAdafactor([*groups, {"params": [params[2], params[4]]}], weight_decay=0.1, **rule)
-    for p in params:
-        p.grad = torch.empty_like(p)
-    optimizer._create_states()
-    for p in params:
-        optimizer.state[p]["step"].fill_(1)
-        optimizer.state[p].get("refreshes", torch.ones(())).fill_(1)
-    optimizer.step()
-    assert all(optimizer.state[p]["step"].item() == 2 for p in params)
-
-
 # Settings.
 
 REFUSED = [

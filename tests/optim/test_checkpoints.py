@@ -288,11 +288,11 @@ def test_moments_that_torch_keeps_in_low_precision_go_on_in_float32():
 def test_what_schedulers_and_users_keep_in_groups_survives(name):
     net, other = model(), model()
     optimizer = build(name, net.parameters())
-    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=12)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=12, cycle_momentum="Adafactor" not in name)
     optimizer.param_groups[0]["mine"] = "a value"
     resumed = build(name, other.parameters())
     resumed.load_state_dict(saved(optimizer.state_dict()))
-    assert {"initial_lr", "max_lr", "max_momentum", "mine"} <= resumed.param_groups[0].keys()
+    assert {"initial_lr", "max_lr", "mine"} <= resumed.param_groups[0].keys()
     assert_equal(resumed.state_dict(), optimizer.state_dict())
 
 
