@@ -60,7 +60,8 @@ class TangentOptimizer(Optimizer):
         assert p.grad is not None
         state, dtype = self.state[p], compute_dtype(p.dtype)
         t, lr = state["step"].item(), float(group["lr"])
-        w, g, *moments = map(torch.atleast_1d, (p, p.grad, *(state[key] for key in self._spec(p, group))))
+        kept = [state[key] for key in self._spec(p, group) if key in state]
+        w, g, *moments = map(torch.atleast_1d, (p, p.grad, *kept))
 
         def directions(*, copy: bool) -> Iterator[tuple[slice, Tensor, Tensor, list[Tensor], Tensor]]:
             for s in blocks(w, 0, 4 * dtype.itemsize):  # several temporaries of a block live at once
@@ -357,13 +358,18 @@ class SGDP(TangentOptimizer):
             raise ValueError("nesterov=True needs momentum > 0 and dampening = 0")
 
     def _spec(self, p: Tensor, group: Group) -> Spec:
-        return {"momentum_buffer": (tuple(p.shape), moment_dtype(p, group))} if group["momentum"] else {}
+        return {"momentum_buffer": (tuple(p.shape), moment_dtype(p, group))}
+
+    def _passing(self, p: Tensor, group: Group) -> frozenset[str]:
+        return frozenset({"momentum_buffer"})
 
     def _step_group(self, group: Group, params: list[Tensor]) -> None:
-        for p in params:
-            for key, (shape, dtype) in self._spec(p, group).items():
-                if key not in self.state[p]:  # a scheduler has raised the momentum from zero
-                    self.state[p][key] = torch.zeros(shape, dtype=dtype, device=p.device)
+        for p in params:  # a scheduler may have raised the momentum from zero, or brought it there
+            if not group["momentum"]:
+                self.state[p].pop("momentum_buffer", None)
+            elif "momentum_buffer" not in self.state[p]:
+                ((shape, dtype),) = self._spec(p, group).values()
+                self.state[p]["momentum_buffer"] = torch.zeros(shape, dtype=dtype, device=p.device)
         super()._step_group(group, params)
 
     def _decay(self, group: Group) -> float:
