@@ -1,6 +1,6 @@
 """Adam: its hyperparameters, its step for dense parameters, and its direction for projected gradients."""
 
-import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from slimstate.ops import stochastic_round_
+from slimstate.ops import Key
 from slimstate.projections._base import compute_dtype
 from slimstate.projections._blocks import blocks
+from slimstate.projections._numbers import Number, lerp_, scalar
+from slimstate.projections._rounding import LOW_PRECISION, NEAREST, Rounding, narrow_, widen
 
-from ._base import Group, Optimizer, Spec, State
+from ._base import Entry, Group, Spec
 
 __all__ = [
     "adam_directions",
@@ -26,14 +28,15 @@ __all__ = [
     "is_number",
     "moment_dtype",
     "moments_spec",
+    "rounding",
     "store_",
-    "weight_rounding",
+    "take_",
+    "weight_spec",
 ]
 
-# Purposes of random bits: what is rounded. `_projected` goes on from here.
+# Purposes of random bits: what is rounded. `_projected` goes on from here; `_base` counts them.
 WEIGHT, EXP_AVG, EXP_AVG_SQ = range(3)
 
-LOW_PRECISION = (torch.bfloat16, torch.float16)
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 MOMENT_DTYPES = ("float32", "bfloat16", "param")
 
@@ -91,6 +94,10 @@ def check_storage(group: Group) -> None:
         raise ValueError(f"moment_dtype must be None or one of {allowed}, got {group['moment_dtype']!r}")
     if group["stochastic_rounding"] not in (None, True, False):
         raise ValueError(f"stochastic_rounding must be None, True or False, got {group['stochastic_rounding']!r}")
+    if group["compensation"] not in (True, False):
+        raise ValueError(f"compensation must be True or False, got {group['compensation']!r}")
+    if group["compensation"] and group["stochastic_rounding"]:
+        raise ValueError("compensation=True rounds to nearest and keeps the rest: leave stochastic_rounding None")
     if not isinstance(group["seed"], Integral) or isinstance(group["seed"], bool):
         raise ValueError(f"seed must be an int, got {group['seed']!r}")
     group["seed"] = int(group["seed"])
@@ -117,9 +124,14 @@ def moments_spec(p: Tensor, group: Group, shape: tuple[int, ...]) -> Spec:
     return {"exp_avg": (shape, dtype), "exp_avg_sq": (shape, dtype)}
 
 
-def adamw_step_(
-    optimizer: Optimizer, params: list[Tensor], group: Group, *, scale: float = 1.0, clock: str = "step"
-) -> None:
+def weight_spec(p: Tensor, group: Group) -> Spec:
+    """What is kept of a weight beside its moments: with compensation, the 16 bits that rounding takes away."""
+    if group["compensation"] and p.dtype in LOW_PRECISION:
+        return {"compensation": (tuple(p.shape), torch.int16)}
+    return {}
+
+
+def adamw_step_(entries: list[Entry], group: Group, *, scale: float = 1.0, aged: bool = False) -> None:
     r"""AdamW on whole parameters, as torch.optim.AdamW:
 
     .. math::
@@ -127,42 +139,47 @@ def adamw_step_(
         W \leftarrow (1-\eta\lambda) W - \eta \frac{M / (1-\beta_1^t)}{\sqrt{V / (1-\beta_2^t)} + \epsilon}.
 
     float32 and float64 go through torch's fused kernel. Lower precision, moments of another dtype and strided memory
-    go through the same kernel in wide copies of a few MiB, and are rounded stochastically on the way back.
+    go through the same kernel in wide copies of a few MiB, and are rounded on the way back.
 
     Args:
-        optimizer: whose state holds the moments.
-        params: the parameters.
+        entries: the parameters.
         group: the hyperparameters.
         scale: of the step, not of the decay.
-        clock: the counter in the state that is t: how many gradients are in the moments, this one included.
+        aged: whether t is the age of the moments; else it is the parameter's step.
     """
-    rates = dict(lr=scale * float(group["lr"]), weight_decay=group["weight_decay"] / scale)
-    whole: list[tuple[Tensor, ...]] = []
-    for p in params:
-        state = optimizer.state[p]
-        assert p.grad is not None
-        parts = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
-        if all(x.is_contiguous() and x.dtype == p.dtype for x in parts) and p.dtype not in LOW_PRECISION:
-            whole.append((*parts, state[clock]))
+    lr, weight_decay = scale * group["lr"], group["weight_decay"] / scale
+    whole: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    ages: list[Number] = []
+    for x in entries:
+        age = x.age if aged else x.step
+        parts = (x.p, x.grad, x.state["exp_avg"], x.state["exp_avg_sq"])
+        if all(y.is_contiguous() and y.dtype == x.p.dtype for y in parts) and x.p.dtype not in LOW_PRECISION:
+            whole.append(parts)
+            ages.append(age)
         else:
-            _step_in_blocks_(optimizer, p, p.grad, state, group, clock, **rates)
+            _step_in_blocks_(x, age, lr, weight_decay, group)
     if whole:
-        _fused_(*map(list, zip(*whole, strict=True)), group=group, **rates)
+        ps, grads, exp_avgs, exp_avg_sqs = (list(tensors) for tensors in zip(*whole, strict=True))
+        _fused_(ps, grads, exp_avgs, exp_avg_sqs, ages, lr, weight_decay, group)
 
 
-def _step_in_blocks_(
-    optimizer: Optimizer, p: Tensor, grad: Tensor, state: State, group: Group, clock: str, **rates: float
-) -> None:
-    dtype = compute_dtype(p.dtype)
-    keys = [weight_rounding(optimizer, p, group), *(optimizer._draw(p, group, x) for x in (EXP_AVG, EXP_AVG_SQ))]
-    targets = [x if x.ndim else x[None] for x in (p, grad, state["exp_avg"], state["exp_avg_sq"])]
-    for s in blocks(targets[0], 0, dtype.itemsize):
-        stored = [x[s] for x in targets]
-        w, g, m, v = (x.to(dtype).contiguous() for x in stored)
-        _fused_([w], [g], [m], [v], [state[clock]], group=group, **rates)
+def _step_in_blocks_(x: Entry, age: Number, lr: Number, weight_decay: float, group: Group) -> None:
+    dtype, how = compute_dtype(x.p.dtype), rounding(x, group)
+    ps, grads, exp_avgs, exp_avg_sqs = map(torch.atleast_1d, (x.p, x.grad, x.state["exp_avg"], x.state["exp_avg_sq"]))
+    lows = None if how.low is None else torch.atleast_1d(how.low)
+    for s in blocks(ps, 0, dtype.itemsize):
+        low = None if lows is None else lows[s]
+        wide = (
+            widen(ps[s], low, dtype),
+            grads[s].to(dtype),
+            *(y[s].to(dtype, copy=True) for y in (exp_avgs, exp_avg_sqs)),
+        )
+        w, g, m, v = (y.contiguous() for y in wide)
+        _fused_([w], [g], [m], [v], [age], lr, weight_decay, group)
         offset = s.start * (w.numel() // max(1, w.shape[0]))
-        for target, value, key in zip((stored[0], *stored[2:]), (w, m, v), keys, strict=True):
-            store_(target, value, key, offset)
+        narrow_(ps[s], w, how._replace(low=low), offset)
+        store_(exp_avgs[s], m, x.key(EXP_AVG), offset)
+        store_(exp_avg_sqs[s], v, x.key(EXP_AVG_SQ), offset)
 
 
 def _fused_(
@@ -170,16 +187,35 @@ def _fused_(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    *,
-    group: Group,
-    lr: float,
+    ages: list[Any],
+    lr: Any,
     weight_decay: float,
+    group: Group,
 ) -> None:
-    """torch's AdamW kernel over lists; `steps` already count this step and are not changed."""
-    before = [  # on the parameter's device, and one less, since the kernel counts by itself
-        torch.full((), step.item() - 1, dtype=torch.float32, device=p.device)
-        for p, step in zip(params, steps, strict=True)
+    """torch's AdamW kernel over lists; `ages` already count this step."""
+    settings = (*group["betas"], group["eps"], weight_decay, group["maximize"])
+    if isinstance(ages[0], Tensor):
+        torch.ops.slimstate.adamw_(params, grads, exp_avgs, exp_avg_sqs, ages, scalar(lr), *settings)
+    else:
+        _adamw_(params, grads, exp_avgs, exp_avg_sqs, ages, lr, *settings)
+
+
+def _adamw_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    ages: list[float],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+) -> None:
+    # On the parameter's device, and one less, since the kernel counts by itself.
+    before = [
+        torch.full((), age - 1, dtype=torch.float32, device=p.device) for p, age in zip(params, ages, strict=True)
     ]
     adamw(
         params,
@@ -191,21 +227,39 @@ def _fused_(
         fused=params[0].device.type in FUSED_DEVICES,
         foreach=False,
         amsgrad=False,
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
+        beta1=beta1,
+        beta2=beta2,
         lr=lr,
         weight_decay=weight_decay,
-        eps=group["eps"],
-        maximize=group["maximize"],
+        eps=eps,
+        maximize=maximize,
     )
 
 
-def adam_directions(
-    optimizer: Optimizer,
+@torch.library.custom_op("slimstate::adamw_", mutates_args=("params", "exp_avgs", "exp_avg_sqs"))
+def _(
     params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    ages: list[Tensor],
+    lr: Tensor,
+    beta1: Tensor,
+    beta2: Tensor,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+) -> None:
+    """`_adamw_` as one node of a compiled graph; its numbers are on the CPU, so that nothing waits for a device."""
+    numbers = [age.item() for age in ages], lr.item(), beta1.item(), beta2.item()
+    _adamw_(params, grads, exp_avgs, exp_avg_sqs, *numbers, eps, weight_decay, maximize)
+
+
+def adam_directions(
+    entries: Sequence[Entry],
     rs: list[Tensor],
     group: Group,
-    ages: list[Tensor],
+    ages: list[Number],
     keys: tuple[str, str] = ("exp_avg", "exp_avg_sq"),
 ) -> list[Tensor]:
     r"""Takes projected gradients R into the moments of their parameters, and returns the directions in the subspaces:
@@ -215,8 +269,7 @@ def adam_directions(
         U = -\frac{M / (1-\beta_1^t)}{\sqrt{V / (1-\beta_2^t)} + \epsilon}.
 
     Args:
-        optimizer: whose state holds the moments.
-        params: the parameters.
+        entries: the parameters.
         rs: R (r x k) of each, in the dtype of arithmetic.
         group: the hyperparameters; `maximize` turns U around.
         ages: t of each, the number of gradients in its moments, this one included.
@@ -225,25 +278,24 @@ def adam_directions(
     Returns:
         U of each, of R's shape.
     """
-    kept = [[optimizer.state[p][key] for p in params] for key in keys]
-    m, v = wide = [[x.to(r.dtype) for x, r in zip(moments, rs, strict=True)] for moments in kept]
+    kept = [[x.state[key] for x in entries] for key in keys]
+    m, v = wide = [[y.to(r.dtype) for y, r in zip(moments, rs, strict=True)] for moments in kept]
     us = [torch.zeros_like(r) for r in rs]  # a weight of zero that takes one step of size 1 becomes the direction
-    _fused_(us, rs, m, v, ages, group=group, lr=1.0, weight_decay=0.0)
+    _fused_(us, rs, m, v, ages, 1.0, 0.0, group)
     for moments, values, purpose in zip(kept, wide, (EXP_AVG, EXP_AVG_SQ), strict=True):
-        for p, moment, value in zip(params, moments, values, strict=True):
-            if moment is not value:
-                store_(moment, value, optimizer._draw(p, group, purpose))
+        for x, moment, value in zip(entries, moments, values, strict=True):
+            if moment.dtype != value.dtype:
+                store_(moment, value, x.key(purpose))
     return us
 
 
-def aged_direction_(optimizer: Optimizer, p: Tensor, r: Tensor, group: Group, ages: Tensor) -> Tensor:
+def aged_direction_(x: Entry, r: Tensor, group: Group, ages: Tensor) -> Tensor:
     r"""As `adam_directions`, for one parameter whose moments differ in age from row to row; U takes the place of R.
 
     Row i is corrected by its own :math:`1-\beta^{t_i}`, which no fused kernel does.
 
     Args:
-        optimizer: whose state holds the moments.
-        p: the parameter.
+        x: the parameter.
         r: R (r x k) or a stack of them, in the dtype of arithmetic; overwritten.
         group: the hyperparameters; `maximize` turns U around.
         ages: t of each row (r,) or (b, r), at least 1, this step included.
@@ -252,40 +304,42 @@ def aged_direction_(optimizer: Optimizer, p: Tensor, r: Tensor, group: Group, ag
         U, of R's shape.
     """
     beta1, beta2 = group["betas"]
-    moments = [optimizer.state[p][key].flatten(0, -2) for key in ("exp_avg", "exp_avg_sq")]
-    rows, t = r.flatten(0, -2), ages.flatten()[:, None].to(r.dtype)
-    bias1, bias2 = (torch.expm1(t * (math.log(beta) if beta else -math.inf)).neg_() for beta in (beta1, beta2))
+    moments = [x.state[key].flatten(0, -2) for key in ("exp_avg", "exp_avg_sq")]
+    rows, t = r.flatten(0, -2), ages.flatten()[:, None].double()
+    bias1, bias2 = ((1 - beta**t).to(r.dtype) for beta in (beta1, beta2))
     if not group["maximize"]:
         bias1.neg_()
     for s in blocks(rows, 0, r.itemsize):
         g = rows[s]
-        m, v = (x[s].to(r.dtype) for x in moments)
-        m.lerp_(g, 1 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        m, v = (y[s].to(r.dtype) for y in moments)
+        take_(m, v, g, beta1, beta2)
         root = (v / bias2[s]).sqrt_().add_(group["eps"])
         torch.div(m, bias1[s], out=g).div_(root)
         for moment, value, purpose in zip(moments, (m, v), (EXP_AVG, EXP_AVG_SQ), strict=True):
             if moment.dtype != value.dtype:
-                store_(moment[s], value, optimizer._draw(p, group, purpose), s.start * rows.shape[1])
+                store_(moment[s], value, x.key(purpose), s.start * rows.shape[1])
     return r
 
 
-def weight_rounding(optimizer: Optimizer, p: Tensor, group: Group, purpose: int = WEIGHT) -> int | None:
-    """The key of this step's stochastic rounding of the weight; None where it is not rounded, or to nearest."""
-    if p.dtype not in LOW_PRECISION or group["stochastic_rounding"] is False:
-        return None
-    return optimizer._draw(p, group, purpose)
+def take_(m: Tensor, v: Tensor, g: Tensor, beta1: Number, beta2: Number) -> None:
+    """M <- b1 M + (1-b1) G, V <- b2 V + (1-b2) G^2."""
+    lerp_(m, g, 1 - beta1)
+    lerp_(v, g.square(), 1 - beta2)
 
 
-def store_(target: Tensor, value: Tensor, key: int | None, offset: int = 0) -> None:
-    """target <- value; rounded stochastically where precision is lost, to nearest without a key.
+def rounding(x: Entry, group: Group, purpose: int = WEIGHT) -> Rounding:
+    """How this step rounds the weight, where it is of low precision."""
+    if x.p.dtype not in LOW_PRECISION:
+        return NEAREST
+    if group["compensation"]:
+        return Rounding(low=x.state["compensation"])
+    return NEAREST if group["stochastic_rounding"] is False else Rounding(x.key(purpose))
+
+
+def store_(target: Tensor, value: Tensor, key: Key, offset: int = 0) -> None:
+    """A moment <- value; rounded stochastically where precision is lost.
 
     A second moment in bfloat16 needs it: with beta2 = 0.999 a step changes it by less than half a unit in the last
     place.
     """
-    if target.data_ptr() == value.data_ptr():
-        return
-    if key is not None and target.dtype in LOW_PRECISION and value.dtype == torch.float32:
-        stochastic_round_(target, value, key, offset)
-    else:
-        target.copy_(value)
+    narrow_(target, value, Rounding(key), offset)

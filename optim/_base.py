@@ -1,18 +1,22 @@
 """What every optimizer here shares with torch.optim, and what torch.optim lacks: strict groups, states that keep their
 dtypes, and checkpoints that are loaded whole or refused whole."""
 
+import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 from torch.optim.optimizer import ParamsT
 
-from slimstate.ops import counter_key
+from slimstate.ops import Key, counter_key
+from slimstate.projections._numbers import Number
 
-__all__ = ["Group", "Optimizer", "Spec", "State", "refuse"]
+__all__ = ["Entry", "Group", "Optimizer", "Spec", "State", "refuse"]
 
 Group = dict[str, Any]
 State = dict[str, Any]
@@ -21,7 +25,14 @@ Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]
 COUNTERS = frozenset({"step", "refreshes", "age"})
 
 # What a group may carry beside its optimizer's hyperparameters: torch's own keys, and a name for the reader.
-BOOKKEEPING = frozenset({"params", "param_names", "name", "initial_lr"})
+BOOKKEEPING = frozenset({"params", "param_names", "name", "initial_lr", "nonfinite_steps"})
+
+NONFINITE = ("propagate", "skip", "raise")
+
+# What schedulers change at every step: numbers that compiled code takes as tensors.
+SCHEDULED = ("lr", "betas", "momentum")
+
+PURPOSES = 6  # of random bits; `_adam`, `_projected` and the methods number them
 
 # torch.optim.AdamW's remaining keywords: the values that mean the same here, and what to do about the others.
 TORCH_KEYWORDS: dict[str, tuple[tuple[bool | None, ...], str]] = {
@@ -51,6 +62,43 @@ def refuse(name: str, keywords: dict[str, Any]) -> None:
             raise ValueError(f"{key}={value!r} is not supported by {name}: {advice}")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Entry:
+    """A parameter in a step.
+
+    Args:
+        p: the parameter.
+        gradient: its gradient; None where it was projected during the backward pass.
+        state: the optimizer's state of p.
+        step: which step of its own this is, from 1 on. A tensor in compiled code, as every number that changes.
+        draw: what its random bits in this step depend on: (seed, stream, step), or all keys (PURPOSES,) as a tensor.
+    """
+
+    p: Tensor
+    gradient: Tensor | None
+    state: State
+    step: Number
+    draw: tuple[int, int, int] | Tensor
+
+    @property
+    def grad(self) -> Tensor:
+        """Its gradient."""
+        assert self.gradient is not None
+        return self.gradient
+
+    @property
+    def age(self) -> Number:
+        """How many gradients the moments have seen, this one included: what bias correction goes by."""
+        if "age" not in self.state:
+            return self.step
+        age: Tensor = self.state["age"]
+        return age.double() if isinstance(self.step, Tensor) else age.item()
+
+    def key(self, purpose: int) -> Key:
+        """The key of one purpose's random bits: a function of the seed, the parameter and the step."""
+        return self.draw[purpose] if isinstance(self.draw, Tensor) else counter_key(*self.draw, purpose)
+
+
 class Optimizer(torch.optim.Optimizer):
     """A torch optimizer whose mathematics is in `_step_group`, and whose state is declared by `_spec`.
 
@@ -78,8 +126,14 @@ class Optimizer(torch.optim.Optimizer):
         """The keys of `_spec` that come and go; a state may be without them."""
         return frozenset()
 
-    def _step_group(self, group: Group, params: list[Tensor]) -> None:
-        """Updates `params`, those of the group that have a gradient; their `step` already counts this step."""
+    def _arranged(self, group: Group, entries: list[Entry]) -> Any:
+        """What `_step_group` is given; here everything happens that depends on values: refreshes, states that come and
+        go, who is due. Never compiled."""
+        return entries
+
+    def _step_group(self, group: Group, entries: Any) -> None:
+        """Updates parameters, from what `_arranged` returned for those of the group that have a gradient; their `step`
+        already counts this step. Compiled by torch.compile: a function of tensors."""
         raise NotImplementedError
 
     def add_param_group(self, param_group: Group) -> None:
@@ -100,8 +154,10 @@ class Optimizer(torch.optim.Optimizer):
                     raise ValueError(f"{type(self).__name__} takes real floating-point parameters, got {p.dtype}")
                 if hasattr(p, "placements"):
                     raise NotImplementedError(f"{type(self).__name__} does not take sharded parameters (DTensor) yet")
+        if group["nonfinite"] not in NONFINITE:
+            raise ValueError(f"nonfinite must be one of {', '.join(NONFINITE)}, got {group['nonfinite']!r}")
         self._check(group)
-        super().add_param_group(group)
+        super().add_param_group(group | {"nonfinite_steps": 0})
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -121,26 +177,75 @@ class Optimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: for a sparse or complex gradient, before anything is changed.
+            FloatingPointError: for a gradient that is not finite, in a group with nonfinite="raise"; nothing but the
+                group's count of them is changed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step_groups(self._prepared(compiling=torch.compiler.is_compiling()))
+        return loss
+
+    def _step_groups(self, arranged: list[tuple[Group, Any]]) -> None:
+        for group, entries in arranged:
+            self._step_group(group, entries)
+
+    @torch.compiler.disable
+    def _prepared(self, *, compiling: bool) -> list[tuple[Group, Any]]:
+        """Each group's hyperparameters in this step, and what `_arranged` made of its entries."""
+        self._check_gradients()
+        if self._skips():
+            return []
+        self._create_states()
+        prepared = []
+        for group in self.param_groups:
+            entries = [self._entry(p, group, compiling) for p in group["params"] if self._has_gradient(p)]
+            settings = group | {key: _number(group[key], compiling) for key in SCHEDULED if key in group}
+            prepared.append((settings, self._arranged(group, entries)))
+        return prepared
+
+    def _entry(self, p: Tensor, group: Group, compiling: bool) -> Entry:
+        state = self.state[p]
+        state["step"] += 1
+        step = state["step"].item()
+        draw = (group["seed"], state["stream"], int(step))
+        if not compiling:
+            return Entry(p, p.grad, state, step, draw)
+        keys = [counter_key(*draw, purpose) for purpose in range(PURPOSES)]
+        return Entry(p, p.grad, state, state["step"].double(), torch.tensor(keys))
+
+    def _has_gradient(self, p: Tensor) -> bool:
+        return p.grad is not None
+
+    def _check_gradients(self) -> None:
         for name, p, _ in self._named():
             if p.grad is not None and (p.grad.is_complex() or p.grad.layout != torch.strided):
                 kind = "complex" if p.grad.is_complex() else "sparse"
                 raise RuntimeError(f"{type(self).__name__} takes dense real gradients, got a {kind} one for {name}")
-        self._create_states()
+
+    def _skips(self) -> bool:
+        """Whether a gradient that is not finite stops this step, by the policies of the groups; counts those."""
+        stopped = []
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                self.state[p]["step"] += 1
-            self._step_group(group, params)
-        return loss
+            if group["nonfinite"] == "propagate":
+                continue
+            grads = [p.grad for p in group["params"] if p.grad is not None and p.grad.numel()]
+            if not get_total_norm(grads, math.inf).isfinite():
+                group["nonfinite_steps"] = group.get("nonfinite_steps", 0) + 1
+                stopped.append(group)
+        for group in stopped:
+            if group["nonfinite"] == "raise":
+                names = [name for name, p, g in self._named() if g is group and _is_bad(p.grad)]
+                raise FloatingPointError(
+                    f"the gradients of {len(names)} parameters are not finite, such as that of {names[0]}; nothing was "
+                    "changed (nonfinite='skip' goes on without such steps, 'propagate' takes them as torch does)"
+                )
+        return bool(stopped)
 
     def _create_states(self) -> None:
         for position, (name, p, group) in enumerate(self._named()):
-            if p.grad is None or "step" in self.state[p]:
+            if not self._has_gradient(p) or "step" in self.state[p]:
                 continue
             # By name where there is one, so that the draws do not depend on the order of the parameters.
             stream = zlib.crc32(name.encode()) if "param_names" in group else position
@@ -169,11 +274,6 @@ class Optimizer(torch.optim.Optimizer):
         for p in params:
             if "step" in (state := self.state.get(p, {})):
                 self.state[p] = {"stream": counter_key(state["stream"])}
-
-    def _draw(self, p: Tensor, group: Group, purpose: int) -> int:
-        """The key of one purpose's random bits in this step: a function of the seed, the parameter and the step."""
-        state = self.state[p]
-        return counter_key(group["seed"], state["stream"], int(state["step"]), purpose)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but tensors keep their dtypes and are copied, and what does not fit is refused whole.
@@ -252,3 +352,16 @@ class Optimizer(torch.optim.Optimizer):
 def _home(key: str, p: Tensor) -> torch.device:
     """Counters are read by Python and stay on the CPU; everything else is where its parameter is."""
     return torch.device("cpu") if key in COUNTERS else p.device
+
+
+def _number(value: Any, compiling: bool) -> Any:
+    """A number, a tensor of one element, a tuple of them, or None, as arithmetic takes it."""
+    if isinstance(value, tuple | list):
+        return tuple(_number(x, compiling) for x in value)
+    if value is None:
+        return None
+    return torch.tensor(float(value), dtype=torch.float64) if compiling else float(value)
+
+
+def _is_bad(grad: Tensor | None) -> bool:
+    return grad is not None and not grad.isfinite().all()

@@ -4,7 +4,7 @@ and what then becomes of the moments."""
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from numbers import Integral
 from typing import Any, ClassVar, NamedTuple
@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from slimstate.ops import Key
 from slimstate.projections import SVD, MatrixView, PowerIteration, Projection, RandomOrthogonal
 from slimstate.projections._base import check_rank, compute_dtype
 from slimstate.projections._blocks import largest_magnitude
 from slimstate.projections._matrix import SIDES
 
-from ._adam import adamw_step_, check_adam, is_number, moments_spec, store_
-from ._base import Group, Optimizer, Spec, State
+from ._adam import adamw_step_, check_adam, is_number, moments_spec, store_, weight_spec
+from ._base import Entry, Group, Optimizer, Spec
 from .groups import shape_text, table
 
-__all__ = ["DEFAULT_RANK", "Matrix", "ProjectedOptimizer", "due", "rotate_"]
+__all__ = ["DEFAULT_RANK", "Arranged", "Matrix", "ProjectedOptimizer", "due", "rotate_"]
 
 DEFAULT_RANK = 0.25  # of the smaller side: about what GaLore takes, 128 of 512 to 1024 of 4096
 TOGETHER_BYTES = 1 << 20  # of projected gradients; larger ones are given back to the system and faulted in again
@@ -32,35 +33,33 @@ ROTATED_EXP_AVG, ROTATED_EXP_AVG_SQ = 3, 4  # purposes of random bits, after `_a
 PROJ_TYPES = {"std": "auto", "reverse_std": "reverse", "left": "left", "right": "right"}
 
 
-class Matrix(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class Matrix(Entry):
     """A projected parameter in a step.
 
     Args:
-        p: the parameter.
         view: how it is seen as a matrix, or a stack of them.
-        state: the optimizer's state of p.
-        scheduled: whether a refresh is due in this step.
+        reduced: what `_reduce` made of its gradient where that is gone already.
     """
 
-    p: Tensor
     view: MatrixView
-    state: State
-    scheduled: bool = False
+    reduced: tuple[Tensor, ...] | None = None
 
     @property
     def m(self) -> Tensor:
         """The gradient M (d x k), or a stack of them; a copy only where memory has no such view: not to be kept."""
-        assert self.p.grad is not None
-        return self.view.open(self.p.grad)
+        return self.view.open(self.grad)
 
     def member(self, x: Tensor, j: int) -> Tensor:
         """What belongs to matrix j of the stack; all of it where there is one matrix."""
         return x[j] if self.view.lead else x
 
-    @property
-    def age(self) -> Tensor:
-        """How many gradients the moments have seen: what bias correction goes by."""
-        return self.state["age" if "age" in self.state else "step"]
+
+class Arranged(NamedTuple):
+    """A group's parameters in a step: those without a basis, and the others in lists that are updated together."""
+
+    dense: list[Entry]
+    matrices: list[tuple[list[Matrix], Projection]]
 
 
 class ProjectedOptimizer(Optimizer):
@@ -98,8 +97,15 @@ class ProjectedOptimizer(Optimizer):
                 f"(flat partitions have lost theirs); got shapes {[tuple(p.shape) for _, p, _ in self._named()][:4]}"
             )
 
-    def _update(self, matrices: list[Matrix], group: Group, projection: Projection) -> None:
-        """Updates projected parameters from their gradients, after the bases that were due have been refreshed."""
+    def _reduce(self, matrix: Matrix, group: Group, projection: Projection) -> tuple[Tensor, ...]:
+        """What `_update` needs of a gradient, and linear in it: R (r x k), or a stack of them."""
+        return (projection.down(matrix.m, matrix.state[projection.key]),)
+
+    def _update(
+        self, matrices: list[Matrix], reduced: list[tuple[Tensor, ...]], group: Group, projection: Projection
+    ) -> None:
+        """Updates projected parameters, from what `_reduce` made of their gradients after the bases that were due have
+        been refreshed."""
         raise NotImplementedError
 
     def _check_rule(self, group: Group) -> None:
@@ -110,22 +116,20 @@ class ProjectedOptimizer(Optimizer):
         """The moments that the rule keeps of a gradient, projected or not, of this shape."""
         return moments_spec(p, group, shape)
 
-    def _dense_step_(self, params: list[Tensor], group: Group) -> None:
+    def _dense_step_(self, entries: list[Entry], group: Group) -> None:
         """Updates the parameters that are not projected."""
-        adamw_step_(self, params, group)
+        adamw_step_(entries, group)
 
     def _fitted_to(self, matrix: Matrix, group: Group, j: int) -> Tensor:
         """What the basis of matrix j of the stack is fitted to (d x k)."""
-        assert matrix.p.grad is not None
-        m = matrix.view.members(matrix.p.grad)[j].reshape(matrix.view.rows, matrix.view.columns)
+        m = matrix.view.members(matrix.grad)[j].reshape(matrix.view.rows, matrix.view.columns)
         return m.mT if matrix.view.transposed else m
 
     def _rotate_(self, matrix: Matrix, group: Group, j: int, overlap: Tensor) -> None:
         """Carries the moments of matrix j of the stack into a new basis; overlap = Q_new^T Q_old."""
         exp_avg, exp_avg_sq = (matrix.member(matrix.state[key], j) for key in ("exp_avg", "exp_avg_sq"))
-        keys = [self._draw(matrix.p, group, purpose) for purpose in (ROTATED_EXP_AVG, ROTATED_EXP_AVG_SQ)]
-        age = matrix.state["step"].item() - 1
-        rotate_(exp_avg, exp_avg_sq, overlap, group["betas"], age, keys, offset=j * exp_avg.numel())
+        keys = [matrix.key(purpose) for purpose in (ROTATED_EXP_AVG, ROTATED_EXP_AVG_SQ)]
+        rotate_(exp_avg, exp_avg_sq, overlap, group["betas"], float(matrix.step) - 1, keys, j * exp_avg.numel())
 
     # Groups.
 
@@ -259,7 +263,7 @@ class ProjectedOptimizer(Optimizer):
 
     def _spec(self, p: Tensor, group: Group) -> Spec:
         if not self._is_projected(p, group):
-            return self._moments_spec(p, group, tuple(p.shape))
+            return self._moments_spec(p, group, tuple(p.shape)) | weight_spec(p, group)
         projection = self._projection(group)
         view = projection.view(tuple(p.shape), group["batch_dims"])
         basis = (*view.lead, *projection.shape_of(view))
@@ -268,35 +272,42 @@ class ProjectedOptimizer(Optimizer):
         spec["refreshes"] = (view.lead, torch.int32)
         if group["transport"] == "reset":
             spec["age"] = ((), torch.int32)
-        return spec
+        return spec | weight_spec(p, group)
 
     # Steps.
 
-    def _step_group(self, group: Group, params: list[Tensor]) -> None:
-        self._dense_step_([p for p in params if not self._is_projected(p, group)], group)
-        eligible = [p for p in group["params"] if self._is_projected(p, group)]
-        if not eligible:
-            return
+    def _arranged(self, group: Group, entries: list[Entry]) -> Arranged:
+        """Refreshes the bases that are due, and one that is not there yet."""
+        places = {p: i for i, p in enumerate(p for p in group["params"] if self._is_projected(p, group))}
+        if not places:
+            return Arranged(entries, [])
         projection = self._projection(group)
-        matrices = []
-        for place, p in enumerate(eligible):
-            if p.grad is None:
+        dense, matrices = [], []
+        for x in entries:
+            if x.p not in places:
+                dense.append(x)
                 continue
-            view = projection.view(tuple(p.shape), group["batch_dims"])
-            scheduled = due(int(self.state[p]["step"]), place, len(eligible), group["update_proj_gap"])
-            matrices.append(Matrix(p, view, self.state[p], scheduled))
-            self._refresh(matrices[-1], group, projection)
-            if "age" in self.state[p]:
-                self.state[p]["age"] += 1
-        for some in _in_blocks(matrices, projection):
-            self._update(some, group, projection)
+            view = projection.view(tuple(x.p.shape), group["batch_dims"])
+            matrix = Matrix(x.p, x.gradient, x.state, x.step, x.draw, view)
+            scheduled = due(int(x.state["step"]), places[x.p], len(places), group["update_proj_gap"])
+            self._refresh(matrix, group, projection, scheduled=scheduled)
+            if "age" in x.state:
+                x.state["age"] += 1
+            matrices.append(matrix)
+        return Arranged(dense, [(some, projection) for some in _in_blocks(matrices, projection)])
 
-    def _refresh(self, matrix: Matrix, group: Group, projection: Projection) -> None:
+    def _step_group(self, group: Group, entries: Arranged) -> None:
+        self._dense_step_(entries.dense, group)
+        for some, projection in entries.matrices:
+            reduced = [x.reduced or self._reduce(x, group, projection) for x in some]
+            self._update(some, reduced, group, projection)
+
+    def _refresh(self, matrix: Matrix, group: Group, projection: Projection, *, scheduled: bool) -> None:
         """Fits a new basis where it is due, and carries the moments over.
 
         A matrix that has no basis yet is due at every step. One whose gradient is zero or not finite keeps what it has.
         """
-        p, view, state, scheduled = matrix
+        state = matrix.state
         refreshes = state["refreshes"].view(-1)
         if not scheduled and all(refreshes.tolist()):
             return
@@ -315,7 +326,7 @@ class ProjectedOptimizer(Optimizer):
             if old is not None and group["transport"] == "rotate":
                 self._rotate_(matrix, group, j, projection.overlap(basis, old))
         if changed and group["transport"] == "reset":
-            for key in (*self._moments_spec(p, group, view.shape), "age"):
+            for key in (*self._moments_spec(matrix.p, group, matrix.view.shape), "age"):
                 state[key].zero_()
 
 
@@ -353,7 +364,7 @@ def rotate_(
     overlap: Tensor,
     betas: tuple[float, float],
     age: float,
-    keys: list[int],
+    keys: list[Key],
     offset: int = 0,
 ) -> None:
     r"""Carries the moments M, V (r x k) into a new basis, in place; C = Q_new^T Q_old (r x r) is the overlap.

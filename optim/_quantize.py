@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from slimstate.ops import stochastic_round_
+from slimstate.ops import Key, stochastic_round_
 
 __all__ = ["LEVELS", "codes_shape", "decode", "encode"]
 
@@ -18,7 +18,7 @@ def codes_shape(n: int, bits: str) -> tuple[int, torch.dtype]:
     return (n, torch.int8) if bits == "8bit" else ((n + 1) // 2, torch.uint8)
 
 
-def encode(x: Tensor, bits: str, key: int, offset: int = 0) -> tuple[Tensor, Tensor]:
+def encode(x: Tensor, bits: str, key: Key, offset: int = 0) -> tuple[Tensor, Tensor]:
     r"""Codes of the rows x, and the largest magnitude a of each row; with L = 127 or 7
 
     .. math:: c_i = \mathrm{round}(L x_i / a) \in [-L, L], \qquad \hat x_i = \frac{c_i}{L} a .

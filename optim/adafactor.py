@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from slimstate.ops import Key
 from slimstate.projections import MatrixView, Projection, matrix_view
 from slimstate.projections._base import compute_dtype, rewrite_
 from slimstate.projections._blocks import blocks
+from slimstate.projections._numbers import Number, lerp_, smaller
+from slimstate.projections._rounding import widen
 
 from ._adam import (
     EXP_AVG,
@@ -20,10 +23,10 @@ from ._adam import (
     check_storage,
     is_number,
     moment_dtype,
+    rounding,
     store_,
-    weight_rounding,
 )
-from ._base import Group, Spec, refuse
+from ._base import Entry, Group, Spec, refuse
 from ._projected import DEFAULT_RANK, ROTATED_EXP_AVG, Matrix, ProjectedOptimizer
 
 __all__ = ["GaLoreAdafactor"]
@@ -94,6 +97,11 @@ class GaLoreAdafactor(ProjectedOptimizer):
         moment_dtype: of the first moment: `float32`, `bfloat16` (rounded stochastically) or `param` (the parameter's);
             None means float32, and float64 for float64 parameters. The statistics, few and of squares, are always so.
         stochastic_rounding: of weights in bfloat16 and float16; None means on.
+        compensation: instead, round weights in bfloat16 and float16 to nearest and keep what that takes away: training
+            is then that of float32 weights, at 2 bytes a weight more of state.
+        nonfinite: what a gradient that is not finite does: `propagate` (default, as torch), `skip` (no parameter takes
+            this step) or `raise` (FloatingPointError); the last two wait for the device once a step and count such
+            steps in the group, `nonfinite_steps`.
         seed: of random bases and of the rounding.
         torch_keywords: `foreach`, `fused`, `capturable`, `differentiable` and `amsgrad`, where they change nothing.
 
@@ -135,6 +143,8 @@ class GaLoreAdafactor(ProjectedOptimizer):
         maximize: bool = False,
         moment_dtype: str | torch.dtype | None = None,
         stochastic_rounding: bool | None = None,
+        compensation: bool = False,
+        nonfinite: str = "propagate",
         seed: int = 0,
         **torch_keywords: Any,
     ) -> None:
@@ -159,6 +169,8 @@ class GaLoreAdafactor(ProjectedOptimizer):
             maximize=maximize,
             moment_dtype=moment_dtype,
             stochastic_rounding=stochastic_rounding,
+            compensation=compensation,
+            nonfinite=nonfinite,
             seed=seed,
         )
         super().__init__(params, defaults)
@@ -193,69 +205,72 @@ class GaLoreAdafactor(ProjectedOptimizer):
         row.copy_(shares @ row + (1 - shares.sum(1)).clamp_(min=0) * row.mean())
         if group["beta1"] is not None:
             exp_avg = matrix.member(matrix.state["exp_avg"], j)
-            key = self._draw(matrix.p, group, ROTATED_EXP_AVG)
+            key = matrix.key(ROTATED_EXP_AVG)
             store_(exp_avg, overlap @ exp_avg.to(overlap.dtype), key, j * exp_avg.numel())
 
-    def _update(self, matrices: list[Matrix], group: Group, projection: Projection) -> None:
-        for x in matrices:
-            p, view, state = x.p, x.view, x.state
-            r = projection.down(x.m, state[projection.key])
+    def _update(
+        self, matrices: list[Matrix], reduced: list[tuple[Tensor, ...]], group: Group, projection: Projection
+    ) -> None:
+        for x, (r,) in zip(matrices, reduced, strict=True):
+            state = x.state
             squares = r.square()
             a, b = inverse_roots_(
                 state["exp_avg_sq_row"].unsqueeze(-1),
                 state["exp_avg_sq_col"].unsqueeze(-2),
                 squares.mean(-1, keepdim=True),
                 squares.mean(-2, keepdim=True),
-                int(x.age),
+                x.age,
                 group,
             )
             u = torch.mul(r, a, out=squares).mul_(b)
-            eta = self._step_size(p, view, group)
+            eta = step_size(x, x.view, group)
             length = torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=True)
             u.mul_(eta / excess(length, u.shape[-2] * u.shape[-1], group))
             if group["beta1"] is not None:
-                u = average_(state["exp_avg"], u, group["beta1"], self._draw(p, group, EXP_AVG))
-            if isinstance(eta, Tensor) and group["weight_decay"]:
-                self._decay_(p, view, eta, group)
+                u = average_(state["exp_avg"], u, group["beta1"], x.key(EXP_AVG))
+            decay: Number = 1.0
+            if group["scale_parameter"] and group["weight_decay"]:
+                self._decay_(x, eta, group)
+            elif not group["scale_parameter"]:
+                decay = 1 - group["weight_decay"] * eta
             projection.write_back_(
-                p,
-                view,
+                x.p,
+                x.view,
                 state[projection.key],
                 u,
                 alpha=group["scale"] if group["maximize"] else -group["scale"],
-                beta=1 if isinstance(eta, Tensor) else 1 - group["weight_decay"] * eta,
-                rounding=weight_rounding(self, p, group),
+                beta=decay,
+                rounding=rounding(x, group),
             )
 
-    def _decay_(self, p: Tensor, view: MatrixView, eta: Tensor, group: Group) -> None:
+    def _decay_(self, x: Matrix, eta: Number, group: Group) -> None:
         """W <- (1 - eta lambda) W, in a pass of its own: as a factor of the write-back, eta would have to be read."""
+        assert isinstance(eta, Tensor)
         keep = (1 - group["weight_decay"] * eta).view(-1)
 
         def scale_(w: Tensor, j: int, rows: slice) -> None:
             w.mul_(keep[j])
 
-        rewrite_(p, view, scale_, eta.dtype, weight_rounding(self, p, group, DECAY), whole=True)
+        rewrite_(x.p, x.view, scale_, eta.dtype, rounding(x, group, DECAY), whole=True)
 
-    def _dense_step_(self, params: list[Tensor], group: Group) -> None:
-        for p in params:
-            if p.numel():
-                self._step_in_rows_(p, group)
+    def _dense_step_(self, entries: list[Entry], group: Group) -> None:
+        for x in entries:
+            if x.p.numel():
+                self._step_in_rows_(x, group)
 
-    def _step_in_rows_(self, p: Tensor, group: Group) -> None:
+    def _step_in_rows_(self, x: Entry, group: Group) -> None:
         """The rule on whole matrices: a first pass over rows of G finds its mean squares, a second one the length of U,
         and a third one steps."""
-        assert p.grad is not None
-        state, dtype, view = self.state[p], compute_dtype(p.dtype), dense_view(p, group)
-        w, g = p.reshape(view.shape), p.grad.reshape(view.shape)
-        grads = view.members(g)
+        state, dtype, view = x.state, compute_dtype(x.p.dtype), dense_view(x.p, group)
+        grads = view.members(x.grad.reshape(view.shape))
         row = state["exp_avg_sq_row"].view(-1, view.rows, 1)
         column = state["exp_avg_sq_col"].view(-1, 1, view.columns)
 
         def gradient(j: int, rows: slice) -> Tensor:
             return grads[j][rows].to(dtype).reshape(-1, view.columns)
 
-        eta = self._step_size(p, view, group)
-        etas = eta.view(-1).unbind() if isinstance(eta, Tensor) else [eta] * len(grads)
+        eta = step_size(x, view, group)
+        etas = eta.view(-1).unbind() if isinstance(eta, Tensor) and eta.ndim else [eta] * len(grads)
         left, right = [], []
         for j in range(len(grads)):
             row_means, column_sums = torch.empty_like(row[j]), torch.zeros_like(column[j])
@@ -264,13 +279,13 @@ class GaLoreAdafactor(ProjectedOptimizer):
                 row_means[s] = squares.mean(1, keepdim=True)
                 column_sums += squares.sum(0, keepdim=True)
             column_means = column_sums.div_(view.rows)
-            a, b = inverse_roots_(row[j], column[j], row_means, column_means, int(state["step"]), group)
+            a, b = inverse_roots_(row[j], column[j], row_means, column_means, x.step, group)
             length = joint_length(gradient(j, s).mul(a[s]).mul_(b) for s in blocks(grads[j], 0, dtype.itemsize))
             left.append(a.mul_(etas[j] / excess(length, grads[j].numel(), group)))
             right.append(b)
 
         exp_avgs = None if group["beta1"] is None else view.members(state["exp_avg"].view(view.shape))
-        key = self._draw(p, group, EXP_AVG)
+        key = x.key(EXP_AVG)
 
         def step_(rows_of_w: Tensor, j: int, s: slice) -> None:
             u = gradient(j, s).mul(left[j][s]).mul_(right[j])
@@ -280,22 +295,27 @@ class GaLoreAdafactor(ProjectedOptimizer):
                 rows_of_w.mul_(1 - group["weight_decay"] * etas[j])
             rows_of_w.add_(u, alpha=1 if group["maximize"] else -1)
 
-        rewrite_(w, view, step_, dtype, weight_rounding(self, p, group))
+        how = rounding(x, group)
+        low = None if how.low is None else how.low.view(view.shape)
+        rewrite_(x.p.reshape(view.shape), view, step_, dtype, how._replace(low=low))
 
-    def _step_size(self, p: Tensor, view: MatrixView, group: Group) -> float | Tensor:
-        """eta_t: a number, or where it goes by RMS(W) one of each matrix (*lead, 1, 1), on the device."""
-        t = self.state[p]["step"].item()
-        relative = min(1e-6 * t if group["warmup_init"] else 1e-2, t**-0.5)
-        lr = relative if group["lr"] is None else float(group["lr"])
-        if not group["scale_parameter"]:
-            return lr
-        dtype = compute_dtype(p.dtype)
-        lengths = [
-            joint_length(w[s].to(dtype) for s in blocks(w, 0, dtype.itemsize))
-            for w in view.members(p.reshape(view.shape))
-        ]
-        rms = torch.stack(lengths).div_(math.sqrt(view.rows * view.columns))
-        return rms.clamp_(min=group["eps"][1]).mul_(lr).view(*view.lead, 1, 1)
+
+def step_size(x: Entry, view: MatrixView, group: Group) -> Number:
+    """eta_t: a number, or where it goes by RMS(W) one of each matrix (*lead, 1, 1), on the device."""
+    lr = group["lr"]
+    if lr is None:
+        lr = smaller(1e-6 * x.step if group["warmup_init"] else 1e-2, x.step**-0.5)
+    dtype, low = compute_dtype(x.p.dtype), x.state.get("compensation")
+    if not group["scale_parameter"]:
+        return lr.to(dtype) if isinstance(lr, Tensor) else lr  # two 0-d tensors would meet in float64
+    weights = view.members(x.p.reshape(view.shape))
+    lows = [None] * len(weights) if low is None else view.members(low.view(view.shape))
+    lengths = [
+        joint_length(widen(w[s], None if rest is None else rest[s], dtype) for s in blocks(w, 0, dtype.itemsize))
+        for w, rest in zip(weights, lows, strict=True)
+    ]
+    rms = torch.stack(lengths).div_(math.sqrt(view.rows * view.columns))
+    return rms.clamp_(min=group["eps"][1]).mul_(lr).view(*view.lead, 1, 1)
 
 
 def check_adafactor(group: Group) -> None:
@@ -344,13 +364,13 @@ def dense_view(p: Tensor, group: Group) -> MatrixView:
 
 
 def inverse_roots_(
-    row: Tensor, column: Tensor, row_means: Tensor, column_means: Tensor, age: int, group: Group
+    row: Tensor, column: Tensor, row_means: Tensor, column_means: Tensor, age: Number, group: Group
 ) -> tuple[Tensor, Tensor]:
     """Takes mean squares (r x 1 and 1 x k, or stacks) into the statistics, and returns the two factors, of the same
     shapes, by which R becomes U."""
     weight = age ** group["decay_rate"]  # 1 at first: what the statistics were before does not count
-    row.lerp_(row_means.add_(group["eps"][0]), weight)
-    column.lerp_(column_means.add_(group["eps"][0]), weight)
+    lerp_(row, row_means.add_(group["eps"][0]), weight)
+    lerp_(column, column_means.add_(group["eps"][0]), weight)
     return (row / row.mean(-2, keepdim=True)).rsqrt_(), column.rsqrt()
 
 
@@ -364,8 +384,9 @@ def excess(length: Tensor, entries: int, group: Group) -> Tensor:
     return (length / (math.sqrt(entries) * group["clip_threshold"])).clamp_(min=1)
 
 
-def average_(exp_avg: Tensor, u: Tensor, beta1: float, key: int, offset: int = 0) -> Tensor:
+def average_(exp_avg: Tensor, u: Tensor, beta1: float, key: Key, offset: int = 0) -> Tensor:
     """M <- beta1 M + (1 - beta1) U; returns M in U's dtype."""
     m = exp_avg.to(u.dtype).reshape(u.shape).lerp_(u, 1 - beta1)
-    store_(exp_avg, m.view(exp_avg.shape), key, offset)
+    if exp_avg.dtype != m.dtype or not exp_avg.is_contiguous():
+        store_(exp_avg, m.view(exp_avg.shape), key, offset)
     return m

@@ -10,6 +10,8 @@ from torch.optim.optimizer import ParamsT
 
 from slimstate.projections._base import compute_dtype
 from slimstate.projections._blocks import blocks
+from slimstate.projections._numbers import Number, lerp_
+from slimstate.projections._rounding import narrow_, widen
 
 from ._adam import (
     EXP_AVG,
@@ -20,12 +22,16 @@ from ._adam import (
     is_number,
     moment_dtype,
     moments_spec,
+    rounding,
     store_,
-    weight_rounding,
+    take_,
+    weight_spec,
 )
-from ._base import Group, Optimizer, Spec, refuse
+from ._base import Entry, Group, Optimizer, Spec, refuse
 
 __all__ = ["SGDP", "AdamP"]
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 class TangentOptimizer(Optimizer):
@@ -43,47 +49,50 @@ class TangentOptimizer(Optimizer):
     over blocks of rows finds the dot products for these factors, a second one steps: no temporary of the weight's size.
     """
 
-    def _direction(self, g: Tensor, moments: list[Tensor], t: float, group: Group) -> Tensor:
+    def _direction(self, g: Tensor, moments: list[Tensor], t: Number, group: Group) -> Tensor:
         """Takes a block G of the gradient into the moments, its t-th, and returns U; may be one of the moments."""
         raise NotImplementedError
 
-    def _decay(self, group: Group) -> float:
+    def _decay(self, group: Group) -> Number:
         """The decoupled decay rate where no view fires."""
-        return group["weight_decay"]
+        rate: float = group["weight_decay"]
+        return rate
 
-    def _step_group(self, group: Group, params: list[Tensor]) -> None:
-        for p in params:
-            if p.numel():
-                self._update(p, group)
+    def _step_group(self, group: Group, entries: list[Entry]) -> None:
+        for x in entries:
+            if x.p.numel():
+                self._update(x, group)
 
-    def _update(self, p: Tensor, group: Group) -> None:
-        assert p.grad is not None
-        state, dtype = self.state[p], compute_dtype(p.dtype)
-        t, lr = state["step"].item(), float(group["lr"])
-        kept = [state[key] for key in self._spec(p, group) if key in state]
-        w, g, *moments = map(torch.atleast_1d, (p, p.grad, *kept))
+    def _update(self, x: Entry, group: Group) -> None:
+        p, dtype, how = x.p, compute_dtype(x.p.dtype), rounding(x, group)
+        lr = group["lr"]
+        w, g, *moments = map(torch.atleast_1d, (p, x.grad, *(x.state[key] for key in MOMENTS if key in x.state)))
+        low = None if how.low is None else torch.atleast_1d(how.low)
 
         def directions(*, copy: bool) -> Iterator[tuple[slice, Tensor, Tensor, list[Tensor], Tensor]]:
             for s in blocks(w, 0, 4 * dtype.itemsize):  # several temporaries of a block live at once
                 g_s = -g[s].to(dtype) if group["maximize"] else g[s].to(dtype)
                 wide = [moment[s].to(dtype, copy=copy) for moment in moments]
-                yield s, w[s].to(dtype), g_s, wide, self._direction(g_s, wide, t, group)
+                w_s = w[s] if p.dtype == dtype else widen(w[s], None if low is None else low[s], dtype)
+                yield s, w_s, g_s, wide, self._direction(g_s, wide, x.step, group)
 
-        factor: float | Tensor = 1 - lr * self._decay(group)
+        factor: Number = 1 - lr * self._decay(group)
         columns = p.numel() // len(w)
         if is_tested(p, group):
             dots = [
-                torch.stack([row_sums(x) for x in (w_s * g_s, g_s * g_s, w_s * w_s, w_s * u)])
+                torch.stack([row_sums(y) for y in (w_s * g_s, g_s * g_s, w_s * w_s, w_s * u)])
                 for _, w_s, g_s, _, u in directions(copy=True)
             ]
             q, radial = radial_part(torch.cat(dots, 1), columns, group)
             factor = 1 - lr * self._decay(group) * q + lr * radial
 
-        keys = [weight_rounding(self, p, group), *(self._draw(p, group, purpose) for purpose in (EXP_AVG, EXP_AVG_SQ))]
         for s, w_s, _, wide, u in directions(copy=False):
-            w_s.mul_(factor[s] if isinstance(factor, Tensor) else factor).add_(u, alpha=-lr)
-            for target, value, key in zip((w, *moments), (w_s, *wide), keys, strict=False):
-                store_(target[s], value, key, s.start * columns)
+            w_s.mul_(factor[s] if isinstance(factor, Tensor) and factor.ndim else factor).sub_(u * lr)
+            if p.dtype != dtype:
+                narrow_(w[s], w_s, how._replace(low=None if low is None else low[s]), s.start * columns)
+            for target, value, purpose in zip(moments, wide, (EXP_AVG, EXP_AVG_SQ), strict=False):
+                if target.dtype != value.dtype:
+                    store_(target[s], value, x.key(purpose), s.start * columns)
 
 
 def is_tested(p: Tensor, group: Group) -> bool:
@@ -185,6 +194,11 @@ class AdamP(TangentOptimizer):
         moment_dtype: `float32`, `bfloat16` (rounded stochastically) or `param` (the parameter's); None means float32,
             and float64 for float64 parameters.
         stochastic_rounding: of weights in bfloat16 and float16; None means on.
+        compensation: instead, round weights in bfloat16 and float16 to nearest and keep what that takes away: training
+            is then that of float32 weights, at 2 bytes a weight more of state.
+        nonfinite: what a gradient that is not finite does: `propagate` (default, as torch), `skip` (no parameter takes
+            this step) or `raise` (FloatingPointError); the last two wait for the device once a step and count such
+            steps in the group, `nonfinite_steps`.
         seed: of the rounding.
         torch_keywords: `foreach`, `fused`, `capturable`, `differentiable` and `amsgrad`, where they change nothing.
 
@@ -216,6 +230,8 @@ class AdamP(TangentOptimizer):
         maximize: bool = False,
         moment_dtype: str | torch.dtype | None = None,
         stochastic_rounding: bool | None = None,
+        compensation: bool = False,
+        nonfinite: str = "propagate",
         seed: int = 0,
         **torch_keywords: Any,
     ) -> None:
@@ -232,6 +248,8 @@ class AdamP(TangentOptimizer):
             maximize=maximize,
             moment_dtype=moment_dtype,
             stochastic_rounding=stochastic_rounding,
+            compensation=compensation,
+            nonfinite=nonfinite,
             seed=seed,
         )
         super().__init__(params, defaults)
@@ -241,21 +259,20 @@ class AdamP(TangentOptimizer):
         check_tangent(group)
 
     def _spec(self, p: Tensor, group: Group) -> Spec:
-        return moments_spec(p, group, tuple(p.shape))
+        return moments_spec(p, group, tuple(p.shape)) | weight_spec(p, group)
 
-    def _step_group(self, group: Group, params: list[Tensor]) -> None:
+    def _step_group(self, group: Group, entries: list[Entry]) -> None:
         if not group["nesterov"]:
-            adamw_step_(self, [p for p in params if not is_tested(p, group)], group)
-            params = [p for p in params if is_tested(p, group)]
-        super()._step_group(group, params)
+            adamw_step_([x for x in entries if not is_tested(x.p, group)], group)
+            entries = [x for x in entries if is_tested(x.p, group)]
+        super()._step_group(group, entries)
 
-    def _direction(self, g: Tensor, moments: list[Tensor], t: float, group: Group) -> Tensor:
+    def _direction(self, g: Tensor, moments: list[Tensor], t: Number, group: Group) -> Tensor:
         m, v = moments
         beta1, beta2 = group["betas"]
-        m.lerp_(g, 1 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        take_(m, v, g, beta1, beta2)
         if group["nesterov"]:
-            m = m.lerp(g, 1 - beta1)
+            m = lerp_(m.clone(), g, 1 - beta1)
         root = (v / (1 - beta2**t)).sqrt_().add_(group["eps"])
         return (m / (1 - beta1**t)).div_(root)
 
@@ -292,6 +309,11 @@ class SGDP(TangentOptimizer):
         moment_dtype: `float32`, `bfloat16` (rounded stochastically) or `param` (the parameter's); None means float32,
             and float64 for float64 parameters.
         stochastic_rounding: of weights in bfloat16 and float16; None means on.
+        compensation: instead, round weights in bfloat16 and float16 to nearest and keep what that takes away: training
+            is then that of float32 weights, at 2 bytes a weight more of state.
+        nonfinite: what a gradient that is not finite does: `propagate` (default, as torch), `skip` (no parameter takes
+            this step) or `raise` (FloatingPointError); the last two wait for the device once a step and count such
+            steps in the group, `nonfinite_steps`.
         seed: of the rounding.
         torch_keywords: `foreach`, `fused`, `capturable` and `differentiable`, where they change nothing.
 
@@ -325,6 +347,8 @@ class SGDP(TangentOptimizer):
         maximize: bool = False,
         moment_dtype: str | torch.dtype | None = None,
         stochastic_rounding: bool | None = None,
+        compensation: bool = False,
+        nonfinite: str = "propagate",
         seed: int = 0,
         **torch_keywords: Any,
     ) -> None:
@@ -342,6 +366,8 @@ class SGDP(TangentOptimizer):
             maximize=maximize,
             moment_dtype=moment_dtype,
             stochastic_rounding=stochastic_rounding,
+            compensation=compensation,
+            nonfinite=nonfinite,
             seed=seed,
         )
         super().__init__(params, defaults)
@@ -358,24 +384,26 @@ class SGDP(TangentOptimizer):
             raise ValueError("nesterov=True needs momentum > 0 and dampening = 0")
 
     def _spec(self, p: Tensor, group: Group) -> Spec:
-        return {"momentum_buffer": (tuple(p.shape), moment_dtype(p, group))}
+        moment: Spec = {"momentum_buffer": (tuple(p.shape), moment_dtype(p, group))}
+        return moment | weight_spec(p, group)
 
     def _passing(self, p: Tensor, group: Group) -> frozenset[str]:
         return frozenset({"momentum_buffer"})
 
-    def _step_group(self, group: Group, params: list[Tensor]) -> None:
-        for p in params:  # a scheduler may have raised the momentum from zero, or brought it there
+    def _arranged(self, group: Group, entries: list[Entry]) -> list[Entry]:
+        for x in entries:  # a scheduler may have raised the momentum from zero, or brought it there
             if not group["momentum"]:
-                self.state[p].pop("momentum_buffer", None)
-            elif "momentum_buffer" not in self.state[p]:
-                ((shape, dtype),) = self._spec(p, group).values()
-                self.state[p]["momentum_buffer"] = torch.zeros(shape, dtype=dtype, device=p.device)
-        super()._step_group(group, params)
+                x.state.pop("momentum_buffer", None)
+            elif "momentum_buffer" not in x.state:
+                shape, dtype = self._spec(x.p, group)["momentum_buffer"]
+                x.state["momentum_buffer"] = torch.zeros(shape, dtype=dtype, device=x.p.device)
+        return entries
 
-    def _decay(self, group: Group) -> float:
-        return group["weight_decay"] / (1 - group["momentum"])
+    def _decay(self, group: Group) -> Number:
+        rate: Number = group["weight_decay"] / (1 - group["momentum"])
+        return rate
 
-    def _direction(self, g: Tensor, moments: list[Tensor], t: float, group: Group) -> Tensor:
+    def _direction(self, g: Tensor, moments: list[Tensor], t: Number, group: Group) -> Tensor:
         if not moments:
             return (1 - group["dampening"]) * g
         (m,) = moments

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ._adam import adamw_step_, check_adam, moments_spec
-from ._base import Group, Optimizer, Spec, refuse
+from ._adam import adamw_step_, check_adam, moments_spec, weight_spec
+from ._base import Entry, Group, Optimizer, Spec, refuse
 
 __all__ = ["AdamW"]
 
@@ -34,6 +34,11 @@ class AdamW(Optimizer):
         moment_dtype: `float32`, `bfloat16` (rounded stochastically) or `param` (the parameter's); None means float32,
             and float64 for float64 parameters.
         stochastic_rounding: of weights in bfloat16 and float16; None means on.
+        compensation: instead, round weights in bfloat16 and float16 to nearest and keep what that takes away: training
+            is then that of float32 weights, at 2 bytes a weight more of state.
+        nonfinite: what a gradient that is not finite does: `propagate` (default, as torch), `skip` (no parameter takes
+            this step) or `raise` (FloatingPointError); the last two wait for the device once a step and count such
+            steps in the group, `nonfinite_steps`.
         seed: of the rounding.
         torch_keywords: `foreach`, `fused`, `capturable`, `differentiable` and `amsgrad`, where they change nothing.
 
@@ -61,6 +66,8 @@ class AdamW(Optimizer):
         maximize: bool = False,
         moment_dtype: str | torch.dtype | None = None,
         stochastic_rounding: bool | None = None,
+        compensation: bool = False,
+        nonfinite: str = "propagate",
         seed: int = 0,
         **torch_keywords: Any,
     ) -> None:
@@ -73,6 +80,8 @@ class AdamW(Optimizer):
             maximize=maximize,
             moment_dtype=moment_dtype,
             stochastic_rounding=stochastic_rounding,
+            compensation=compensation,
+            nonfinite=nonfinite,
             seed=seed,
         )
         super().__init__(params, defaults)
@@ -81,7 +90,7 @@ class AdamW(Optimizer):
         check_adam(group)
 
     def _spec(self, p: Tensor, group: Group) -> Spec:
-        return moments_spec(p, group, tuple(p.shape))
+        return moments_spec(p, group, tuple(p.shape)) | weight_spec(p, group)
 
-    def _step_group(self, group: Group, params: list[Tensor]) -> None:
-        adamw_step_(self, params, group)
+    def _step_group(self, group: Group, entries: list[Entry]) -> None:
+        adamw_step_(entries, group)

@@ -12,7 +12,7 @@ from slimstate.projections._base import compute_dtype
 from slimstate.projections._blocks import blocks, largest_magnitude
 from slimstate.projections._dictionary import Columns, FixedDictionary
 
-from ._adam import aged_direction_, store_, weight_rounding
+from ._adam import aged_direction_, rounding, store_
 from ._base import Group, Spec, refuse
 from ._projected import DEFAULT_RANK, Matrix, ProjectedOptimizer
 from ._quantize import LEVELS, codes_shape, decode, encode
@@ -82,6 +82,11 @@ class DCTAdamW(ProjectedOptimizer):
         moment_dtype: `float32`, `bfloat16` (rounded stochastically) or `param` (the parameter's); None means float32,
             and float64 for float64 parameters.
         stochastic_rounding: of weights in bfloat16 and float16; None means on.
+        compensation: instead, round weights in bfloat16 and float16 to nearest and keep what that takes away: training
+            is then that of float32 weights, at 2 bytes a weight more of state.
+        nonfinite: what a gradient that is not finite does: `propagate` (default, as torch), `skip` (no parameter takes
+            this step) or `raise` (FloatingPointError); the last two wait for the device once a step and count such
+            steps in the group, `nonfinite_steps`.
         seed: of the rounding.
         torch_keywords: `foreach`, `fused`, `capturable`, `differentiable` and `amsgrad`, where they change nothing.
 
@@ -122,6 +127,8 @@ class DCTAdamW(ProjectedOptimizer):
         maximize: bool = False,
         moment_dtype: str | torch.dtype | None = None,
         stochastic_rounding: bool | None = None,
+        compensation: bool = False,
+        nonfinite: str = "propagate",
         seed: int = 0,
         **torch_keywords: Any,
     ) -> None:
@@ -143,6 +150,8 @@ class DCTAdamW(ProjectedOptimizer):
             maximize=maximize,
             moment_dtype=moment_dtype,
             stochastic_rounding=stochastic_rounding,
+            compensation=compensation,
+            nonfinite=nonfinite,
             seed=seed,
         )
         super().__init__(params, defaults)
@@ -172,49 +181,66 @@ class DCTAdamW(ProjectedOptimizer):
                 spec["error_scale"] = (*view.lead, view.k), compute_dtype(p.dtype)
         return spec
 
-    def _refresh(self, matrix: Matrix, group: Group, projection: Projection) -> None:
-        """Nothing yet: J is chosen where R is computed, since both need the same coefficients."""
-
-    def _update(self, matrices: list[Matrix], group: Group, projection: Projection) -> None:
+    def _refresh(self, matrix: Matrix, group: Group, projection: Projection, *, scheduled: bool) -> None:
+        """Chooses J, if not in every step: then it is chosen where R is computed, from the same coefficients."""
         assert isinstance(projection, FixedDictionary)
-        lr = float(group["lr"])
-        for x in matrices:
-            r = self._projected(x, group, projection)
-            x.state["ages"] += 1
-            projection.write_back_(
-                x.p,
-                x.view,
-                x.state["index"],
-                aged_direction_(self, x.p, r, group, x.state["ages"]),
-                alpha=lr * group["scale"],
-                beta=1 - lr * group["weight_decay"],
-                rounding=weight_rounding(self, x.p, group),
-            )
-
-    def _projected(self, matrix: Matrix, group: Group, projection: FixedDictionary) -> Tensor:
-        """R (r x k), or a stack of them, after the choice of J; carries the moments over and keeps the error."""
-        state, gradients, rs = matrix.state, matrix.m, []
-        refreshes = state["refreshes"].view(-1)
+        refreshes = matrix.state["refreshes"].view(-1)
         for j, count in enumerate(refreshes.tolist()):
-            a = self._corrected(matrix, group, j, matrix.member(gradients, j))
-            index = matrix.member(state["index"], j)
-            if matrix.scheduled or not count:
-                new, r, usable = projection.fit_down(a, index if count else None)
-                if group["transport"] == "rotate":
-                    moments = [matrix.member(state[key], j) for key in ("exp_avg", "exp_avg_sq")]
-                    carry_(moments, matrix.member(state["ages"], j), index, new)
-                index.copy_(new)
-                refreshes[j] += group["update_proj_gap"] == 1 or bool(usable)
+            index = matrix.member(matrix.state["index"], j)
+            if not count:
+                torch.arange(len(index), dtype=index.dtype, out=index)
+            if group["update_proj_gap"] == 1:
+                refreshes[j] += 1
+            elif scheduled or not count:
+                new, _, usable = projection.fit_down(self._corrected(matrix, group, j), index)
+                if usable:
+                    self._change_(matrix, group, j, new)
+                    refreshes[j] += 1
+
+    def _change_(self, matrix: Matrix, group: Group, j: int, new: Tensor) -> None:
+        """Gives matrix j of the stack its new J, and carries the moments over."""
+        state = matrix.state
+        index = matrix.member(state["index"], j)
+        if group["transport"] == "rotate":
+            moments = [matrix.member(state[key], j) for key in ("exp_avg", "exp_avg_sq")]
+            carry_(moments, matrix.member(state["ages"], j), index, new)
+        index.copy_(new)
+
+    def _reduce(self, matrix: Matrix, group: Group, projection: Projection) -> tuple[Tensor, ...]:
+        """R (r x k), or a stack of them, after the choice of J if that is made in every step; keeps the error."""
+        assert isinstance(projection, FixedDictionary)
+        rs = []
+        for j in range(matrix.state["refreshes"].numel()):
+            a, index = self._corrected(matrix, group, j), matrix.member(matrix.state["index"], j)
+            if group["update_proj_gap"] == 1:
+                new, r, _ = projection.fit_down(a, index)
+                self._change_(matrix, group, j, new)
             else:
                 r = projection.coefficients(a, index)
             if group["error_feedback"]:
                 self._keep_error_(matrix, group, j, a, projection, r)
             rs.append(r)
-        return torch.stack(rs) if matrix.view.lead else rs[0]
+        return (torch.stack(rs) if matrix.view.lead else rs[0],)
 
-    def _corrected(self, matrix: Matrix, group: Group, j: int, m: Tensor) -> Columns:
-        """A = G + E of matrix j of the stack, G given as m."""
-        kind = group["error_feedback"]
+    def _update(
+        self, matrices: list[Matrix], reduced: list[tuple[Tensor, ...]], group: Group, projection: Projection
+    ) -> None:
+        lr = group["lr"]
+        for x, (r,) in zip(matrices, reduced, strict=True):
+            x.state["ages"] += 1
+            projection.write_back_(
+                x.p,
+                x.view,
+                x.state["index"],
+                aged_direction_(x, r, group, x.state["ages"]),
+                alpha=lr * group["scale"],
+                beta=1 - lr * group["weight_decay"],
+                rounding=rounding(x, group),
+            )
+
+    def _corrected(self, matrix: Matrix, group: Group, j: int) -> Columns:
+        """A = G + E of matrix j of the stack."""
+        m, kind = matrix.member(matrix.m, j), group["error_feedback"]
         if kind is None:
             return Columns(m)
         error = matrix.member(matrix.state["error"], j)
@@ -228,7 +254,7 @@ class DCTAdamW(ProjectedOptimizer):
     ) -> None:
         """E <- A - Q_J R, but in columns that are not finite, or not in the parameter's dtype."""
         error, index = matrix.member(matrix.state["error"], j), matrix.member(matrix.state["index"], j)
-        key, d = self._draw(matrix.p, group, ERROR), matrix.view.d
+        key, d = matrix.key(ERROR), matrix.view.d
         for s in a.blocks():
             e = a.read(s).sub_(projection.up(r[:, s], index, d)).mT.contiguous()
             finite = e.abs().amax(1) <= torch.finfo(matrix.p.dtype).max

@@ -18,10 +18,11 @@ from slimstate.projections import (
     matrix_view,
 )
 from slimstate.projections._base import compute_dtype, rewrite_
+from slimstate.projections._numbers import addmm_
 
-from ._adam import check_adam, is_number, weight_rounding
-from ._base import Group, Spec, refuse
-from ._projected import Matrix, ProjectedOptimizer
+from ._adam import check_adam, is_number, rounding, weight_spec
+from ._base import Entry, Group, Spec, refuse
+from ._projected import Arranged, Matrix, ProjectedOptimizer
 from ._rules import RULES, directions, rule_spec, whole_step_
 
 __all__ = ["FRUGAL"]
@@ -94,6 +95,11 @@ class FRUGAL(ProjectedOptimizer):
         moment_dtype: `float32`, `bfloat16` (rounded stochastically) or `param` (the parameter's); None means float32,
             and float64 for float64 parameters.
         stochastic_rounding: of weights in bfloat16 and float16; None means on.
+        compensation: instead, round weights in bfloat16 and float16 to nearest and keep what that takes away: training
+            is then that of float32 weights, at 2 bytes a weight more of state.
+        nonfinite: what a gradient that is not finite does: `propagate` (default, as torch), `skip` (no parameter takes
+            this step) or `raise` (FloatingPointError); the last two wait for the device once a step and count such
+            steps in the group, `nonfinite_steps`.
         seed: of the selections and of the rounding.
         torch_keywords: `foreach`, `fused`, `capturable`, `differentiable` and `amsgrad`, where they change nothing.
 
@@ -145,6 +151,8 @@ class FRUGAL(ProjectedOptimizer):
         maximize: bool = False,
         moment_dtype: str | torch.dtype | None = None,
         stochastic_rounding: bool | None = None,
+        compensation: bool = False,
+        nonfinite: str = "propagate",
         seed: int = 0,
         **torch_keywords: Any,
     ) -> None:
@@ -176,6 +184,8 @@ class FRUGAL(ProjectedOptimizer):
             maximize=maximize,
             moment_dtype=moment_dtype,
             stochastic_rounding=stochastic_rounding,
+            compensation=compensation,
+            nonfinite=nonfinite,
             seed=seed,
         )
         super().__init__(params, defaults)
@@ -253,9 +263,10 @@ class FRUGAL(ProjectedOptimizer):
     def _spec(self, p: Tensor, group: Group) -> Spec:
         if not self._is_chosen(p, group) or self._is_projected(p, group):
             return super()._spec(p, group)
+        spec = weight_spec(p, group)
         if group["projection"] == "blocks":
-            return rule_spec(p, group, tuple(p.shape)) | {"age": ((), torch.int32)}
-        return {} if group["density"] == 0 else rule_spec(p, group, tuple(p.shape))
+            return rule_spec(p, group, tuple(p.shape)) | {"age": ((), torch.int32)} | spec
+        return spec if group["density"] == 0 else rule_spec(p, group, tuple(p.shape)) | spec
 
     def _held(self, p: Tensor, group: Group) -> Spec:
         spec, passing = super()._held(p, group), self._passing(p, group)
@@ -273,32 +284,22 @@ class FRUGAL(ProjectedOptimizer):
 
     # Steps.
 
-    def _dense_step_(self, params: list[Tensor], group: Group) -> None:
-        chosen = [p for p in params if self._is_chosen(p, group)]
-        whole_step_(self, [p for p in params if not self._is_chosen(p, group)], group)
+    def _arranged(self, group: Group, entries: list[Entry]) -> Arranged:
         if group["projection"] == "blocks":
-            selected, others = self._take_turns_(group)
-            whole_step_(self, selected, group, scale=group["scale"], clock="age")
-        else:
-            selected, others = ([], chosen) if group["density"] == 0 else (chosen, [])
-            whole_step_(self, selected, group, scale=group["scale"])
-        for p in others:
-            self._outer_step_(p, group)
+            self._take_turns_(group, {x.p: x for x in entries})
+        return super()._arranged(group, entries)
 
-    def _take_turns_(self, group: Group) -> tuple[list[Tensor], list[Tensor]]:
-        """Gives moments to the tensors whose turn it is, takes them from the others, and returns both."""
-        selected: list[Tensor] = []
-        others: list[Tensor] = []
+    def _take_turns_(self, group: Group, entries: dict[Tensor, Entry]) -> None:
+        """Gives moments to the tensors whose turn it is, and takes them from the others."""
         tensors = [p for p in group["params"] if self._is_chosen(p, group)]
         for place, p in enumerate(tensors):
-            if p.grad is None:
+            if p not in entries:
                 continue
             state, moments = self.state[p], rule_spec(p, group, tuple(p.shape))
             step = int(state["step"])
             if not self._has_turn(place, len(tensors), group, step):
                 for key in moments:
                     state.pop(key, None)
-                others.append(p)
                 continue
             selecting = (step - 1) % group["update_proj_gap"] == 0 and self._count(group, len(tensors)) < len(tensors)
             if selecting or not moments.keys() <= state.keys():
@@ -306,8 +307,25 @@ class FRUGAL(ProjectedOptimizer):
                 for key, (shape, dtype) in moments.items():
                     state[key] = torch.zeros(shape, dtype=dtype, device=p.device)
             state["age"] += 1
-            selected.append(p)
-        return selected, others
+
+    def _dense_step_(self, entries: list[Entry], group: Group) -> None:
+        chosen = [x for x in entries if self._is_chosen(x.p, group)]
+        whole_step_([x for x in entries if not self._is_chosen(x.p, group)], group)
+        if group["projection"] == "blocks":
+            self._step_in_turns_(chosen, group)
+        elif group["density"] != 0:
+            whole_step_(chosen, group, scale=group["scale"])
+        else:
+            for x in chosen:
+                outer_step_(x, group)
+
+    @torch.compiler.disable  # which tensors have moments changes, and would be compiled anew each time
+    def _step_in_turns_(self, entries: list[Entry], group: Group) -> None:
+        selected = [x for x in entries if rule_spec(x.p, group, ()).keys() <= x.state.keys()]
+        whole_step_(selected, group, scale=group["scale"], aged=True)
+        for x in entries:
+            if x not in selected:
+                outer_step_(x, group)
 
     def _has_turn(self, place: int, tensors: int, group: Group, step: int) -> bool:
         """Whether the tensor at this place among so many has moments in this step of its own."""
@@ -318,57 +336,60 @@ class FRUGAL(ProjectedOptimizer):
         """How many of so many tensors are selected at a time."""
         return 0 if group["density"] == 0 else self._projection(group).rank_of(tensors, tensors)
 
-    def _update(self, matrices: list[Matrix], group: Group, projection: Projection) -> None:
-        lr = float(group["lr"])
-        rs = [projection.down(x.m, x.state[projection.key]) for x in matrices]
-        us = directions(self, [x.p for x in matrices], rs, group, [x.age for x in matrices])
+    def _update(
+        self, matrices: list[Matrix], reduced: list[tuple[Tensor, ...]], group: Group, projection: Projection
+    ) -> None:
+        lr = group["lr"]
+        rs = [r for (r,) in reduced]
+        us = directions(matrices, rs, group, [x.age for x in matrices])
         for x, r, u in zip(matrices, rs, us, strict=True):
-            basis, rounding = x.state[projection.key], weight_rounding(self, x.p, group)
+            basis, how = x.state[projection.key], rounding(x, group)
             decay, step = 1 - lr * group["weight_decay"], lr * group["scale"]
             if group["outer"] == "none":
-                projection.write_back_(x.p, x.view, basis, u, alpha=step, beta=decay, rounding=rounding)
+                projection.write_back_(x.p, x.view, basis, u, alpha=step, beta=decay, rounding=how)
             elif isinstance(projection, Coordinates):  # the selected rows go around the step of everything else
-                rows = projection.take(x.p, x.view, basis).mul_(decay).add_(u, alpha=step)
-                self._outer_step_(x.p, group)
-                projection.put_(x.p, x.view, basis, rows, rounding)
+                rows = projection.take(x.p, x.view, basis, how.low).mul_(decay).add_(u.mul_(step))
+                outer_step_(x, group)
+                projection.put_(x.p, x.view, basis, rows, how)
             else:
-                self._split_step_(x, basis, r, u, group)
+                split_step_(x, basis, r, u, group)
 
-    def _outer_step_(self, p: Tensor, group: Group) -> None:
-        """W <- (1 - lr wd) W - lr s c outer(G)."""
-        lr = float(group["lr"])
-        step = lr * group["scale"] * group["outer_scale"] * (-1 if group["maximize"] else 1)
-        view = matrix_view(tuple(p.shape), "left", group["batch_dims"])
-        assert p.grad is not None
-        gradients = view.members(p.grad)
 
-        def edit(w: Tensor, j: int, s: slice) -> None:
-            if group["weight_decay"]:
-                w.mul_(1 - lr * group["weight_decay"])
-            if group["outer"] != "none":
-                g = gradients[j][s].to(w.dtype).reshape(w.shape)
-                w.add_(g.sign() if group["outer"] == "sign" else g, alpha=-step)
+def outer_step_(x: Entry, group: Group) -> None:
+    """W <- (1 - lr wd) W - lr s c outer(G)."""
+    lr = group["lr"]
+    step = lr * group["scale"] * group["outer_scale"] * (-1 if group["maximize"] else 1)
+    view = matrix_view(tuple(x.p.shape), "left", group["batch_dims"])
+    gradients = view.members(x.grad)
 
-        rewrite_(p, view, edit, compute_dtype(p.dtype), weight_rounding(self, p, group))
+    def edit(w: Tensor, j: int, s: slice) -> None:
+        if group["weight_decay"]:
+            w.mul_(1 - lr * group["weight_decay"])
+        if group["outer"] != "none":
+            g = gradients[j][s].to(w.dtype).reshape(w.shape)
+            w.sub_((g.sign() if group["outer"] == "sign" else g) * step)
 
-    def _split_step_(self, x: Matrix, basis: Tensor, r: Tensor, u: Tensor, group: Group) -> None:
-        """W <- (1 - lr wd) W + lr s Q U - lr s c outer(G - Q R), for a dense basis."""
-        lr, view = float(group["lr"]), x.view
-        step = lr * group["scale"]
-        outside = step * group["outer_scale"] * (-1 if group["maximize"] else 1)
-        assert x.p.grad is not None
-        gradients = view.members(x.p.grad)
-        noise = NOISE * torch.finfo(r.dtype).eps * torch.linalg.vector_norm(r, dim=-2)
+    rewrite_(x.p, view, edit, compute_dtype(x.p.dtype), rounding(x, group))
 
-        def edit(w: Tensor, j: int, s: slice) -> None:
-            left, right, inside = _as_stored(view, x.member(basis, j), x.member(r, j), x.member(u, j), s)
-            f = gradients[j][s].to(w.dtype).reshape(w.shape) - inside
-            if group["outer"] == "sign":
-                limit = x.member(noise, j)
-                f = f.masked_fill_(f.abs() <= (limit[s, None] if view.transposed else limit), 0).sign_()
-            w.addmm_(left, right, beta=1 - lr * group["weight_decay"], alpha=step).add_(f, alpha=-outside)
 
-        rewrite_(x.p, view, edit, r.dtype, weight_rounding(self, x.p, group))
+def split_step_(x: Matrix, basis: Tensor, r: Tensor, u: Tensor, group: Group) -> None:
+    """W <- (1 - lr wd) W + lr s Q U - lr s c outer(G - Q R), for a dense basis."""
+    lr, view = group["lr"], x.view
+    step = lr * group["scale"]
+    outside = step * group["outer_scale"] * (-1 if group["maximize"] else 1)
+    gradients = view.members(x.grad)
+    noise = NOISE * torch.finfo(r.dtype).eps * torch.linalg.vector_norm(r, dim=-2)
+
+    def edit(w: Tensor, j: int, s: slice) -> None:
+        left, right, inside = _as_stored(view, x.member(basis, j), x.member(r, j), x.member(u, j), s)
+        f = gradients[j][s].to(w.dtype).reshape(w.shape) - inside
+        if group["outer"] == "sign":
+            limit = x.member(noise, j)
+            f = f.masked_fill_(f.abs() <= (limit[s, None] if view.transposed else limit), 0).sign_()
+        addmm_(w, left, right, beta=1 - lr * group["weight_decay"], alpha=step)
+        w.sub_(f.mul_(outside))
+
+    rewrite_(x.p, view, edit, r.dtype, rounding(x, group))
 
 
 def _as_stored(view: MatrixView, q: Tensor, r: Tensor, u: Tensor, s: slice) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ from torch.optim.optimizer import ParamsT
 
 from slimstate.projections import Projection
 
-from ._adam import adam_directions, weight_rounding
+from ._adam import adam_directions, rounding
 from ._base import Group, refuse
 from ._projected import DEFAULT_RANK, Matrix, ProjectedOptimizer
 
@@ -62,6 +62,11 @@ class GaLoreAdamW(ProjectedOptimizer):
         moment_dtype: `float32`, `bfloat16` (rounded stochastically) or `param` (the parameter's); None means float32,
             and float64 for float64 parameters.
         stochastic_rounding: of weights in bfloat16 and float16; None means on.
+        compensation: instead, round weights in bfloat16 and float16 to nearest and keep what that takes away: training
+            is then that of float32 weights, at 2 bytes a weight more of state.
+        nonfinite: what a gradient that is not finite does: `propagate` (default, as torch), `skip` (no parameter takes
+            this step) or `raise` (FloatingPointError); the last two wait for the device once a step and count such
+            steps in the group, `nonfinite_steps`.
         seed: of random bases and of the rounding.
         torch_keywords: `foreach`, `fused`, `capturable`, `differentiable` and `amsgrad`, where they change nothing.
 
@@ -97,6 +102,8 @@ class GaLoreAdamW(ProjectedOptimizer):
         maximize: bool = False,
         moment_dtype: str | torch.dtype | None = None,
         stochastic_rounding: bool | None = None,
+        compensation: bool = False,
+        nonfinite: str = "propagate",
         seed: int = 0,
         **torch_keywords: Any,
     ) -> None:
@@ -116,14 +123,17 @@ class GaLoreAdamW(ProjectedOptimizer):
             maximize=maximize,
             moment_dtype=moment_dtype,
             stochastic_rounding=stochastic_rounding,
+            compensation=compensation,
+            nonfinite=nonfinite,
             seed=seed,
         )
         super().__init__(params, defaults)
 
-    def _update(self, matrices: list[Matrix], group: Group, projection: Projection) -> None:
-        lr = float(group["lr"])
-        rs = [projection.down(x.m, x.state["basis"]) for x in matrices]
-        us = adam_directions(self, [x.p for x in matrices], rs, group, [x.age for x in matrices])
+    def _update(
+        self, matrices: list[Matrix], reduced: list[tuple[Tensor, ...]], group: Group, projection: Projection
+    ) -> None:
+        lr = group["lr"]
+        us = adam_directions(matrices, [r for (r,) in reduced], group, [x.age for x in matrices])
         for x, u in zip(matrices, us, strict=True):
             projection.write_back_(
                 x.p,
@@ -132,5 +142,5 @@ class GaLoreAdamW(ProjectedOptimizer):
                 u,
                 alpha=lr * group["scale"],
                 beta=1 - lr * group["weight_decay"],
-                rounding=weight_rounding(self, x.p, group),
+                rounding=rounding(x, group),
             )

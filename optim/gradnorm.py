@@ -8,8 +8,9 @@ from torch import Tensor
 from slimstate.projections import Projection
 from slimstate.projections._base import compute_dtype, rewrite_
 from slimstate.projections._blocks import blocks
+from slimstate.projections._rounding import Rounding, widen
 
-from ._adam import adam_directions, weight_rounding
+from ._adam import adam_directions, rounding
 from ._base import Group, Spec
 from ._projected import Matrix
 from .galore import GaLoreAdamW
@@ -80,6 +81,11 @@ class GradNormLoRP(GaLoreAdamW):
             parameter's); None means float32, and float64 for float64 parameters, as lengths and their moments always
             are.
         stochastic_rounding: of weights in bfloat16 and float16; None means on.
+        compensation: instead, round weights in bfloat16 and float16 to nearest and keep what that takes away: training
+            is then that of float32 weights, at 2 bytes a weight more of state.
+        nonfinite: what a gradient that is not finite does: `propagate` (default, as torch), `skip` (no parameter takes
+            this step) or `raise` (FloatingPointError); the last two wait for the device once a step and count such
+            steps in the group, `nonfinite_steps`.
         seed: of random bases and of the rounding.
         torch_keywords: `foreach`, `fused`, `capturable`, `differentiable` and `amsgrad`, where they change nothing.
 
@@ -109,42 +115,73 @@ class GradNormLoRP(GaLoreAdamW):
         """The gradient of the directions of matrix j: the only time that one is held whole."""
         view = matrix.view
         dv = matrix.p.new_empty(view.rows, view.columns, dtype=compute_dtype(matrix.p.dtype))
-        for s, block, *_ in _reparametrized(matrix, j):
+        for s, block, _ in _reparametrized(matrix, j):
             dv[s] = block
         return dv.mT if view.transposed else dv
 
-    def _update(self, matrices: list[Matrix], group: Group, projection: Projection) -> None:
-        lr, params = float(group["lr"]), [x.p for x in matrices]
-        rs, dgs, radii = map(list, zip(*map(_projected, matrices), strict=True))
-        us = adam_directions(self, params, rs, group, [x.age for x in matrices])
-        dus = adam_directions(self, params, dgs, group, [x.state["step"] for x in matrices], LENGTH_MOMENTS)
-        for x, u, du, radius in zip(matrices, us, dus, radii, strict=True):
+    def _reduce(self, matrix: Matrix, group: Group, projection: Projection) -> tuple[Tensor, ...]:
+        """R (r x k) and the gradients of the lengths (rows,), or stacks of them."""
+        view, basis, lengths = matrix.view, matrix.state["basis"], matrix.state["lengths"]
+        r, dg = basis.new_zeros(*view.lead, basis.shape[-1], view.k), torch.empty_like(lengths)
+        for j in range(len(basis) if view.lead else 1):
+            q, r_j, dg_j = (matrix.member(x, j) for x in (basis, r, dg))
+            for s, dv, of_lengths in _reparametrized(matrix, j):
+                dg_j[s] = of_lengths
+                if view.transposed:
+                    r_j[:, s] = q.mT @ dv.mT
+                else:
+                    r_j.addmm_(q[s].mT, dv)
+        return r, dg
+
+    def _update(
+        self, matrices: list[Matrix], reduced: list[tuple[Tensor, ...]], group: Group, projection: Projection
+    ) -> None:
+        lr = group["lr"]
+        rs, dgs = map(list, zip(*reduced, strict=True))
+        us = adam_directions(matrices, rs, group, [x.age for x in matrices])
+        dus = adam_directions(matrices, dgs, group, [x.step for x in matrices], LENGTH_MOMENTS)
+        for x, u, du in zip(matrices, us, dus, strict=True):
+            radius = _radii(x)
             old = _lengths(x, radius)
-            new = (old * (1 - lr * group["weight_decay"])).add_(du, alpha=lr).masked_fill_(radius == 0, 0)
-            _write_back_(x, u.mul_(lr * group["scale"]), radius, old, new, weight_rounding(self, x.p, group))
+            new = (old * (1 - lr * group["weight_decay"])).add_(du.mul_(lr)).masked_fill_(radius == 0, 0)
+            _write_back_(x, u.mul_(lr * group["scale"]), radius, old, new, rounding(x, group))
             x.state["lengths"].copy_(new)
 
 
-def _reparametrized(matrix: Matrix, j: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+def _weights(matrix: Matrix, j: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Matrix j of the stack in blocks of rows, in the dtype of arithmetic.
 
     Yields:
-        which rows; the gradient of their directions (rows x columns); that of their lengths; and their norms with the
-        signs of their lengths, 0 where a row is too short to have a direction.
+        which rows; the rows (rows x columns); and their norms with the signs of their lengths, 0 where a row is too
+        short to have a direction.
     """
-    p, view = matrix.p, matrix.view
-    assert p.grad is not None
-    dtype = compute_dtype(p.dtype)
-    weight, grad = view.members(p)[j], view.members(p.grad)[j]
+    view, dtype, low = matrix.view, compute_dtype(matrix.p.dtype), matrix.state.get("compensation")
+    weight, rest = view.members(matrix.p)[j], None if low is None else view.members(low)[j]
     lengths = matrix.member(matrix.state["lengths"], j)
     for s in blocks(weight, 0, dtype.itemsize):
-        w, dw = (x[s].to(dtype).reshape(-1, view.columns) for x in (weight, grad))
+        w = widen(weight[s], None if rest is None else rest[s], dtype).reshape(-1, view.columns)
         norm = torch.linalg.vector_norm(w, dim=1)
-        radius = norm.copysign(lengths[s]).masked_fill_(norm < SHORTEST, 0)
+        yield s, w, norm.copysign(lengths[s]).masked_fill_(norm < SHORTEST, 0)
+
+
+def _reparametrized(matrix: Matrix, j: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Matrix j of the stack in blocks of rows: which, the gradient of their directions, and that of their lengths."""
+    gradient = matrix.view.members(matrix.grad)[j]
+    for s, w, radius in _weights(matrix, j):
+        dw = gradient[s].to(w.dtype).reshape(w.shape)
         divisor = _or_one(radius)
         dg = (w * dw).sum(1).div_(divisor)
-        dv = (dw * divisor[:, None]).addcmul_(w, dg[:, None], value=-1)  # g (G - <G, v> v), as W = g v
-        yield s, dv, dg, radius
+        dv = (dw * divisor[:, None]).sub_(w * dg[:, None])  # g (G - <G, v> v), as W = g v
+        yield s, dv, dg
+
+
+def _radii(matrix: Matrix) -> Tensor:
+    """The norms of all rows, with the signs of their lengths."""
+    radius = torch.empty_like(matrix.state["lengths"])
+    for j in range(len(radius) if matrix.view.lead else 1):
+        for s, _, norms in _weights(matrix, j):
+            matrix.member(radius, j)[s] = norms
+    return radius
 
 
 def _or_one(radius: Tensor) -> Tensor:
@@ -152,32 +189,16 @@ def _or_one(radius: Tensor) -> Tensor:
     return radius.masked_fill(radius == 0, 1)
 
 
-def _projected(matrix: Matrix) -> tuple[Tensor, Tensor, Tensor]:
-    """R (r x k), the gradients of the lengths, and the signed norms; or stacks of them."""
-    view, basis, lengths = matrix.view, matrix.state["basis"], matrix.state["lengths"]
-    r = basis.new_zeros(*view.lead, basis.shape[-1], view.k)
-    dg, radius = torch.empty_like(lengths), torch.empty_like(lengths)
-    for j in range(len(basis) if view.lead else 1):
-        q, r_j, dg_j, radius_j = (matrix.member(x, j) for x in (basis, r, dg, radius))
-        for s, dv, of_lengths, norms in _reparametrized(matrix, j):
-            dg_j[s], radius_j[s] = of_lengths, norms
-            if view.transposed:
-                r_j[:, s] = q.mT @ dv.mT
-            else:
-                r_j.addmm_(q[s].mT, dv)
-    return r, dg, radius
-
-
 def _lengths(matrix: Matrix, radius: Tensor) -> Tensor:
     """The lengths before the step: what float32 and float64 weights say, and for lower precision what was left behind,
     unless rounding does not explain the difference."""
     kept, dtype = matrix.state["lengths"], matrix.p.dtype
-    if dtype == radius.dtype:
+    if dtype == radius.dtype or "compensation" in matrix.state:
         return radius
     return torch.where((radius - kept).abs() <= torch.finfo(dtype).eps * radius.abs(), kept, radius)
 
 
-def _write_back_(matrix: Matrix, step: Tensor, radius: Tensor, old: Tensor, new: Tensor, rounding: int | None) -> None:
+def _write_back_(matrix: Matrix, step: Tensor, radius: Tensor, old: Tensor, new: Tensor, rounding: Rounding) -> None:
     """W_i <- g_i (v_i + (Q S)_i) / |v_i + (Q S)_i| in place, and W_i <- W_i + (Q S)_i where W_i has no direction.
 
     Args:
@@ -186,7 +207,7 @@ def _write_back_(matrix: Matrix, step: Tensor, radius: Tensor, old: Tensor, new:
         radius: the norms of W's rows with the signs of v, 0 where there is no direction.
         old: the lengths before the step.
         new: the lengths g after it.
-        rounding: key of the stochastic rounding of a low-precision weight; None rounds to nearest.
+        rounding: how a low-precision weight is read and rounded.
     """
     view, basis = matrix.view, matrix.state["basis"]
     stretch, gain = _or_one(radius), radius.sign() * new

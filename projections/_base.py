@@ -10,10 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from slimstate.ops import stochastic_round_
-
 from ._blocks import blocks
 from ._matrix import SIDES, MatrixView, Side, matrix_view
+from ._numbers import Number, addmm_
+from ._rounding import NEAREST, Rounding, narrow_, widen
 
 __all__ = [
     "DenseProjection",
@@ -121,9 +121,9 @@ class Projection(ABC):
         basis: Tensor,
         u: Tensor,
         *,
-        alpha: float,
-        beta: float,
-        rounding: int | None = None,
+        alpha: Number,
+        beta: Number,
+        rounding: Rounding = NEAREST,
     ) -> None:
         """W <- beta W + alpha Q U, in place and without a temporary of W's size.
 
@@ -134,7 +134,7 @@ class Projection(ABC):
             u: U (r x k), or a stack of them, in float32 (float64 for float64).
             alpha: factor of the update.
             beta: factor of the weight, 1 - lr * weight_decay.
-            rounding: key of the stochastic rounding of a low-precision weight; None rounds to nearest.
+            rounding: how a low-precision weight is read and rounded.
         """
 
 
@@ -175,14 +175,14 @@ class DenseProjection(Projection):
         basis: Tensor,
         u: Tensor,
         *,
-        alpha: float,
-        beta: float,
-        rounding: int | None = None,
+        alpha: Number,
+        beta: Number,
+        rounding: Rounding = NEAREST,
     ) -> None:
         """W <- beta W + alpha Q U, in place and without a temporary of W's size."""
         if view.lead and p.dtype == basis.dtype and (w := matrix_in_place(p, view)) is not None:
             a, b = (u.mT, basis.mT) if view.transposed else (basis, u)
-            w.baddbmm_(a, b, beta=beta, alpha=alpha)
+            addmm_(w, a, b, beta=beta, alpha=alpha)
             return
         pairs = zip(basis, u, strict=True) if view.lead else [(basis, u)]
         factors = [lambda pair=pair: [pair] for pair in pairs]
@@ -213,9 +213,9 @@ def add_products_(
     factors: Sequence[Factors],
     dtype: torch.dtype,
     *,
-    alpha: float,
-    beta: float,
-    rounding: int | None,
+    alpha: Number,
+    beta: Number,
+    rounding: Rounding,
 ) -> None:
     """W <- beta W + alpha sum_i Q_i U_i, in place and without a temporary of W's size.
 
@@ -226,13 +226,13 @@ def add_products_(
         dtype: of the factors.
         alpha: factor of the update.
         beta: factor of the weight.
-        rounding: key of the stochastic rounding of a low-precision weight; None rounds to nearest.
+        rounding: how a low-precision weight is read and rounded.
     """
 
     def add_(w: Tensor, j: int, rows: slice) -> None:
         for i, (q, u) in enumerate(factors[j]()):
             a, b = (u.mT, q.mT) if view.transposed else (q, u)  # (rows, r) and (r, columns) of W as it is stored
-            w.addmm_(a[rows], b, beta=beta if i == 0 else 1, alpha=alpha)
+            addmm_(w, a[rows], b, beta=beta if i == 0 else 1.0, alpha=alpha)
 
     rewrite_(p, view, add_, dtype, rounding, whole=True)
 
@@ -242,7 +242,7 @@ def rewrite_(
     view: MatrixView,
     edit: Callable[[Tensor, int, slice], object],
     dtype: torch.dtype,
-    rounding: int | None,
+    rounding: Rounding,
     *,
     whole: bool = False,
 ) -> None:
@@ -253,7 +253,7 @@ def rewrite_(
         view: how it is stored as matrices (rows x columns).
         edit: changes some rows of matrix j, given as (rows x columns) in `dtype`; called with them, j, and which.
         dtype: of the arithmetic.
-        rounding: key of the stochastic rounding of a low-precision weight; None rounds to nearest.
+        rounding: how a low-precision weight is read and rounded.
         whole: give all rows at once where W's own memory can be given.
     """
     in_place = matrix_in_place(p, view) if p.dtype == dtype else None
@@ -262,21 +262,17 @@ def rewrite_(
             for s in [slice(0, view.rows)] if whole else blocks(w, 0, dtype.itemsize):
                 edit(w[s], j, s)
         return
-    for j, w in enumerate(view.members(p)):
+    lows = [None] * math.prod(view.lead) if rounding.low is None else view.members(rounding.low)
+    for j, (w, low) in enumerate(zip(view.members(p), lows, strict=True)):
         for s in blocks(w, 0, dtype.itemsize):
-            target = w[s]
-            wide = target.to(dtype, copy=True).reshape(-1, view.columns)
+            part = None if low is None else low[s]
+            wide = widen(w[s], part, dtype).reshape(-1, view.columns)
             edit(wide, j, s)
-            if rounding is None or p.dtype == dtype:
-                target.copy_(wide.view(target.shape))
-            else:
-                offset = (j * view.rows + s.start) * view.columns
-                stochastic_round_(target, wide.view(target.shape), rounding, offset)
+            offset = (j * view.rows + s.start) * view.columns
+            narrow_(w[s], wide.view(w[s].shape), rounding._replace(low=part), offset)
 
 
 def matrix_in_place(p: Tensor, view: MatrixView) -> Tensor | None:
     """The parameter's own memory as rows x columns, or None where its layout has no such view (channels_last, say)."""
-    try:
-        return p.view(*view.lead, view.rows, view.columns)
-    except RuntimeError:
-        return None
+    shape = (*view.lead, view.rows, view.columns)
+    return p.view(shape) if p.is_contiguous() or tuple(p.shape) == shape else None

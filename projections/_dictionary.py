@@ -11,6 +11,8 @@ from torch import Tensor
 from ._base import IndexProjection, add_products_, compute_dtype, matrix_in_place
 from ._blocks import BLOCK_BYTES, blocks, largest_magnitude
 from ._matrix import MatrixView
+from ._numbers import Number
+from ._rounding import NEAREST, Rounding
 
 __all__ = ["Columns", "FixedDictionary"]
 
@@ -159,7 +161,7 @@ class FixedDictionary(IndexProjection):
                 r[:, columns] = self._transform(x).index_select(0, index)
                 continue
             for s, rows in self._pieces(index, len(m), dtype):
-                torch.mm(rows, x, out=r[s, columns])
+                r[s, columns] = rows @ x
         return r
 
     def _pieces(self, basis: Tensor, d: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -199,9 +201,9 @@ class FixedDictionary(IndexProjection):
         basis: Tensor,
         u: Tensor,
         *,
-        alpha: float,
-        beta: float,
-        rounding: int | None = None,
+        alpha: Number,
+        beta: Number,
+        rounding: Rounding = NEAREST,
     ) -> None:
         """W <- beta W + alpha Q_J U, in place and without a temporary of W's size."""
         pairs = list(zip(basis, u, strict=True) if view.lead else [(basis, u)])
@@ -210,7 +212,7 @@ class FixedDictionary(IndexProjection):
             m = w.mT if view.transposed else w
             for target, (index, x) in zip(m if view.lead else [m], pairs, strict=True):
                 for s in _columns(target, u.dtype):
-                    target[:, s].mul_(beta).add_(self._spread(x[:, s], index, view.d), alpha=alpha)
+                    target[:, s].mul_(beta).add_(self._spread(x[:, s], index, view.d).mul_(alpha))
             return
 
         def factors(index: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

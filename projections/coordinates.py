@@ -8,10 +8,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from slimstate.ops import counter_key, stochastic_round_
+from slimstate.ops import counter_key
 
 from ._base import IndexProjection, compute_dtype, matrix_in_place, rewrite_
 from ._matrix import MatrixView, matrix_view
+from ._numbers import Number
+from ._rounding import NEAREST, Rounding, narrow_, widen
 
 __all__ = ["Coordinates"]
 
@@ -79,17 +81,22 @@ class Coordinates(IndexProjection):
             return torch.stack([self.up(*pair, d) for pair in zip(r, basis, strict=True)])
         return r.new_zeros(d, r.shape[1]).index_add_(0, basis, r)
 
-    def take(self, p: Tensor, view: MatrixView, basis: Tensor) -> Tensor:
-        """The chosen rows (r x k, or a stack of them) of a parameter, in float32 (float64 for float64)."""
+    def take(self, p: Tensor, view: MatrixView, basis: Tensor, low: Tensor | None = None) -> Tensor:
+        """The chosen rows (r x k, or a stack of them) of a parameter, in float32 (float64 for float64); `low` is what
+        rounding took away from it."""
+        rows, dtype = self._chosen(p, view, basis), compute_dtype(p.dtype)
+        return widen(rows, None if low is None else self._chosen(low, view, basis), dtype)
+
+    def _chosen(self, p: Tensor, view: MatrixView, basis: Tensor) -> Tensor:
         if (w := matrix_in_place(p, view)) is None:
             rows = [member[place] for member, place in self._places(p, view, basis)]
         else:
             dim, each = int(view.transposed), zip(w, basis, strict=True) if view.lead else [(w, basis)]
             rows = [member.index_select(dim, index) for member, index in each]
-        rows = [(x.mT if view.transposed else x).reshape(-1, view.k).to(compute_dtype(p.dtype)) for x in rows]
+        rows = [(x.mT if view.transposed else x).reshape(-1, view.k) for x in rows]
         return torch.stack(rows) if view.lead else rows[0]
 
-    def put_(self, p: Tensor, view: MatrixView, basis: Tensor, rows: Tensor, rounding: int | None = None) -> None:
+    def put_(self, p: Tensor, view: MatrixView, basis: Tensor, rows: Tensor, rounding: Rounding = NEAREST) -> None:
         """Writes the chosen rows (r x k, or a stack of them) of a parameter.
 
         Args:
@@ -97,13 +104,17 @@ class Coordinates(IndexProjection):
             view: how it is seen as M.
             basis: the indices (r,), or a stack of them.
             rows: the new values, in float32 (float64 for float64).
-            rounding: key of the stochastic rounding of a low-precision weight; None rounds to nearest.
+            rounding: how a low-precision weight is rounded.
         """
-        if rounding is None or p.dtype == rows.dtype:
-            values = rows.to(p.dtype)
-        else:  # with bits that no entry of the parameter takes by its own place
-            values = torch.empty_like(rows, dtype=p.dtype)
-            stochastic_round_(values, rows, rounding, offset=p.numel())
+        values = torch.empty_like(rows, dtype=p.dtype)
+        low = None if rounding.low is None else torch.empty_like(rows, dtype=torch.int16)
+        # With bits that no entry of the parameter takes by its own place.
+        narrow_(values, rows, Rounding(rounding.key, low), offset=p.numel())
+        self._put_(p, view, basis, values)
+        if rounding.low is not None and low is not None:
+            self._put_(rounding.low, view, basis, low)
+
+    def _put_(self, p: Tensor, view: MatrixView, basis: Tensor, values: Tensor) -> None:
         values = values.mT if view.transposed else values
         if (w := matrix_in_place(p, view)) is not None:
             each = zip(w, basis.long(), values, strict=True) if view.lead else [(w, basis.long(), values)]
@@ -121,13 +132,13 @@ class Coordinates(IndexProjection):
         basis: Tensor,
         u: Tensor,
         *,
-        alpha: float,
-        beta: float,
-        rounding: int | None = None,
+        alpha: Number,
+        beta: Number,
+        rounding: Rounding = NEAREST,
     ) -> None:
         """W <- beta W + alpha Q U, in place and without a temporary of W's size."""
-        rows = self.take(p, view, basis).mul_(beta).add_(u, alpha=alpha)
-        if beta != 1:
+        rows = self.take(p, view, basis, rounding.low).mul_(beta).add_(u * alpha)
+        if isinstance(beta, Tensor) or beta != 1:
             plain = matrix_view(view.shape, "left", view.batch_dims)
             rewrite_(p, plain, lambda w, j, s: w.mul_(beta), u.dtype, rounding, whole=True)
         self.put_(p, view, basis, rows, rounding)

@@ -1,9 +1,10 @@
 """The discrete cosine transform as a basis. DCT-AdamW, https://arxiv.org/abs/2505.17967"""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Literal
+from functools import lru_cache, wraps
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -94,6 +95,18 @@ class DCT(FixedDictionary):
         return self.matrix(d, dtype, index.device).mT.index_select(0, index)
 
 
+def _shared(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Makes each tensor once; a constant in compiled code."""
+    cached = lru_cache(maxsize=64)(make)
+
+    @torch.compiler.assume_constant_result
+    @wraps(make)
+    def constant(*args: Any) -> Tensor:
+        return cached(*args)
+
+    return constant
+
+
 def _analysis_rows(index: Tensor, d: int, dtype: torch.dtype, kind: int) -> Tensor:
     """The rows `index` of Q^T (r x d), looked up among the 4d values of the cosine."""
     every, chosen = torch.arange(d, device=index.device), index.long()
@@ -116,7 +129,7 @@ def _dct2(x: Tensor) -> Tensor:
     y = torch.fft.rfft(v).mul_(_twiddle(d, x.dtype, x.device))
     edge = y.shape[1]
     v[:, :edge] = y.real
-    torch.neg(y.imag[:, 1 : d - edge + 1].flip(1), out=v[:, edge:])
+    v[:, edge:] = y.imag[:, 1 : d - edge + 1].flip(1).neg_()
     return v.mT
 
 
@@ -138,7 +151,7 @@ def _complex(dtype: torch.dtype) -> torch.dtype:
     return torch.complex128 if dtype == torch.float64 else torch.complex64
 
 
-@lru_cache(maxsize=64)
+@_shared
 def _cosines(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The matrix of the DCT-II (d x d), frequencies along its rows."""
     with torch.inference_mode(False):
@@ -150,7 +163,7 @@ def _cosines(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return matrix
 
 
-@lru_cache(maxsize=64)
+@_shared
 def _cosine_table(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """sqrt(2/d) cos(pi i / 2d) for i = 0 ... 4d - 1."""
     with torch.inference_mode(False):
@@ -158,7 +171,7 @@ def _cosine_table(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return (phases.cos() * math.sqrt(2 / d)).to(device, dtype)
 
 
-@lru_cache(maxsize=64)
+@_shared
 def _twiddle(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """c_j exp(-i pi j / 2d) for j = 0 ... d // 2."""
     with torch.inference_mode(False):

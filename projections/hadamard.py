@@ -66,7 +66,7 @@ class Hadamard(FixedDictionary):
             part[:, :1] = ((place >= 0) & (place < size)).to(dtype) / math.sqrt(size)
             for bit in range(size.bit_length() - 1):
                 sign = 1 - 2 * ((place >> bit) & 1).to(dtype)
-                torch.mul(part[:, : 1 << bit], sign, out=part[:, 1 << bit : 2 << bit])
+                part[:, 1 << bit : 2 << bit] = part[:, : 1 << bit] * sign
         return rows
 
 
@@ -89,5 +89,8 @@ def _walsh_hadamard_(x: Tensor) -> None:
         pairs = x.view(-1, 2, half, c)
         first, second = pairs[:, 0], pairs[:, 1]
         first += second
-        torch.sub(first, second, alpha=2, out=second)
+        if torch.compiler.is_compiling():  # which does not take a strided `out`
+            second.mul_(-2).add_(first)
+        else:
+            torch.sub(first, second, alpha=2, out=second)
         half *= 2

@@ -9,12 +9,12 @@ either: ``torch.compile`` then traces the reference and fuses it, which an opaqu
 """
 
 import warnings
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["COMPILED", "DEVICES", "counter_key", "stochastic_round_", "stochastic_round_reference_"]
+__all__ = ["COMPILED", "DEVICES", "Key", "counter_key", "stochastic_round_", "stochastic_round_reference_"]
 
 try:
     import slimstate._C as _C
@@ -26,6 +26,9 @@ except ImportError as error:
 else:
     DEVICES = frozenset(_C.DEVICES.split())
 COMPILED: bool = bool(DEVICES)
+
+Key = int | Tensor
+"""What random bits go by: an int64, in compiled code as a 0-d tensor."""
 
 _Bits = TypeVar("_Bits", int, Tensor)
 _WORD = 0xFFFFFFFF
@@ -67,7 +70,7 @@ def _splitmix64(state: int) -> int:
     return z ^ (z >> 31)
 
 
-def stochastic_round_(out: Tensor, x: Tensor, key: int, offset: int = 0) -> None:
+def stochastic_round_(out: Tensor, x: Tensor, key: Key, offset: int = 0) -> None:
     r"""Rounds ``x`` into ``out``, up or down at random and without bias.
 
     With :math:`a \le x_i \le b` the neighbours of :math:`x_i` in the format of ``out``,
@@ -87,7 +90,8 @@ def stochastic_round_(out: Tensor, x: Tensor, key: int, offset: int = 0) -> None
     Args:
         out: bfloat16 or float16, overwritten.
         x: float32, of the same shape and device.
-        key: any int64, such as :func:`counter_key` returns. One key per tensor and step.
+        key: any int64, such as :func:`counter_key` returns, or a 0-d tensor of one, so that compiled code does not
+            depend on its value. One key per tensor and step.
         offset: index of the first element within the whole tensor, at least 0.
 
     Raises:
@@ -107,7 +111,7 @@ def stochastic_round_(out: Tensor, x: Tensor, key: int, offset: int = 0) -> None
 
     target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     source = x.contiguous()
-    if out.device.type in DEVICES:
+    if out.device.type in DEVICES and not isinstance(key, Tensor):
         torch.ops.slimstate.stochastic_round_(target, source, key, offset)
         torch.autograd.graph.increment_version(target)  # so that a backward that saved it raises
     else:
@@ -116,13 +120,13 @@ def stochastic_round_(out: Tensor, x: Tensor, key: int, offset: int = 0) -> None
         out.copy_(target)
 
 
-def stochastic_round_reference_(out: Tensor, x: Tensor, key: int, offset: int = 0) -> None:
+def stochastic_round_reference_(out: Tensor, x: Tensor, key: Key, offset: int = 0) -> None:
     """What the op ``stochastic_round_`` computes, in PyTorch; see :func:`stochastic_round_`.
 
     ``out`` and ``x`` must be contiguous.
     """
-    low = key & _WORD
-    high = ((key >> 32) & _WORD) ^ _mix32(low)
+    low: Any = key & _WORD
+    high: Any = ((key >> 32) & _WORD) ^ _mix32(low)
     low = low ^ _mix32(high)
     round_bits = _bfloat16_bits if out.dtype == torch.bfloat16 else _float16_bits
 

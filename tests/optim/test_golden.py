@@ -57,9 +57,8 @@ def choosing_at(steps):
     """A DCTAdamW that chooses at the reference's steps."""
 
     class Scheduled(DCTAdamW):
-        def _projected(self, matrix, group, projection):
-            matrix = matrix._replace(scheduled=int(matrix.state["step"]) in steps)
-            return super()._projected(matrix, group, projection)
+        def _refresh(self, matrix, group, projection, *, scheduled):
+            super()._refresh(matrix, group, projection, scheduled=int(matrix.step) in steps)
 
     return Scheduled
 

@@ -12,8 +12,8 @@ from torch.nn.utils import parametrizations
 import training
 from slimstate.optim import AdamW, GaLoreAdamW, GradNormLoRP, param_groups, state_bytes
 from slimstate.optim._projected import Matrix
-from slimstate.optim.gradnorm import _projected, _reparametrized
-from slimstate.projections import matrix_view
+from slimstate.optim.gradnorm import _radii, _reparametrized
+from slimstate.projections import SVD, matrix_view
 from training import run
 
 trajectory = partial(training.trajectory, GradNormLoRP)
@@ -113,11 +113,12 @@ def test_the_chain_rule_is_that_of_torchs_weight_norm(rows, columns, negative, s
     x = torch.randn(5, columns, dtype=DOUBLE)
     torch.tanh(layer(x)).square().sum().backward()
     torch.tanh(x @ p.mT).square().sum().backward()
-    matrix = Matrix(p, matrix_view((rows, columns)), {"lengths": g.detach().flatten().clone()})
-    ((_, dv, dg, radius),) = _reparametrized(matrix, 0)
+    state = {"lengths": g.detach().flatten().clone()}
+    matrix = Matrix(p, p.grad, state, 1.0, (0, 0, 1), matrix_view((rows, columns)))
+    ((_, dv, dg),) = _reparametrized(matrix, 0)
     torch.testing.assert_close(dg, g.grad.flatten(), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(dv, v.grad, rtol=1e-9, atol=1e-12 * size)
-    torch.testing.assert_close(radius, g.detach().flatten())
+    torch.testing.assert_close(_radii(matrix), g.detach().flatten())
 
 
 @given(
@@ -132,10 +133,10 @@ def test_row_norms_are_the_lengths_and_full_rank_directions_are_tangential(shape
     for g in gradients(shape, 5, seed=seed):
         run(optimizer, [p], [[g]])
         torch.testing.assert_close(row_norms(p), optimizer.state[p]["lengths"].abs(), rtol=1e-12, atol=0)
-        matrix = Matrix(p, matrix_view(shape), optimizer.state[p])
-        ((_, dv, *_),) = _reparametrized(matrix, 0)
+        matrix = Matrix(p, p.grad, optimizer.state[p], 1.0, (0, 0, 1), matrix_view(shape))
+        ((_, dv, _),) = _reparametrized(matrix, 0)
         assert (dv * p.detach().flatten(1)).sum(1).abs().max() < 1e-12 * dv.norm() * p.norm()
-        up = optimizer.state[p]["basis"] @ _projected(matrix)[0]
+        up = optimizer.state[p]["basis"] @ optimizer._reduce(matrix, optimizer.param_groups[0], SVD())[0]
         torch.testing.assert_close(up, dv.mT if matrix.view.transposed else dv, rtol=1e-9, atol=1e-12)
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from slimstate.ops import counter_key
 from slimstate.projections import DCT, Hadamard, captured_energy, matrix_view
 from slimstate.projections._dictionary import Columns
+from slimstate.projections._rounding import Rounding
 
 KINDS = {
     "matmul": lambda **settings: DCT(method="matmul", **settings),
@@ -248,7 +249,7 @@ def test_write_back_equals_the_dense_formula_in_place(kind, name, shape, batch_d
         total = torch.zeros_like(expected)
         for draw in range(32):
             p.copy_(start)
-            projection.write_back_(p, view, index, u, alpha=-0.3, beta=0.9, rounding=counter_key(0, draw))
+            projection.write_back_(p, view, index, u, alpha=-0.3, beta=0.9, rounding=Rounding(counter_key(0, draw)))
             total += p.double()
         bias = (total / 32 - expected) / (2**-7 * expected.abs().clamp_min(0.01))
         assert bias.mean().abs() < 4 * 0.5 / (32 * p.numel()) ** 0.5
@@ -280,7 +281,7 @@ def test_nothing_larger_than_a_block_is_allocated(kind, side, dtype, way):
         "fit": lambda: projection.fit(view.open(p), None, ()),
         "fit_down": lambda: projection.fit_down(Columns(view.open(p)), index),
         "down": lambda: projection.down(view.open(p), index),
-        "write_back_": lambda: projection.write_back_(p, view, index, u, alpha=-0.1, beta=0.9, rounding=3),
+        "write_back_": lambda: projection.write_back_(p, view, index, u, alpha=-0.1, beta=0.9, rounding=Rounding(3)),
     }
     for name, run in runs.items():
         assert largest_allocation(run) <= 4 << 20, name

@@ -4,6 +4,7 @@ import torch
 from slimstate.ops import counter_key
 from slimstate.optim import AdamW, GaLoreAdamW
 from slimstate.projections import SVD, Coordinates, matrix_view
+from slimstate.projections._rounding import NEAREST, Rounding
 
 SIDES = ["auto", "left", "right", "reverse"]
 
@@ -86,7 +87,7 @@ def test_with_a_key_the_mean_over_keys_is_the_unrounded_value(name, shape, batch
     total, seen = torch.zeros_like(expected), set()
     for draw in range(draws):
         p.copy_(start)
-        projection.write_back_(p, view, q, u, alpha=-0.3, beta=0.9, rounding=counter_key(0, draw))
+        projection.write_back_(p, view, q, u, alpha=-0.3, beta=0.9, rounding=Rounding(counter_key(0, draw)))
         total += p.double()
         seen.add(p.double().sum().item())
     unit = torch.finfo(dtype).eps * expected.abs().clamp_min(0.01)  # at least the spacing of neighbours
@@ -103,9 +104,9 @@ def test_the_random_bits_belong_to_the_element_whatever_the_layout_and_the_stack
     projection, view, p, q, u, _ = case(shape, 2, torch.clone, side, torch.bfloat16)
     flat = p.reshape(6, 20, 9).clone()
     turned = transposed(p)
-    projection.write_back_(p, view, q, u, alpha=-0.3, beta=0.9, rounding=key)
-    projection.write_back_(flat, matrix_view(flat.shape, side, 1), q, u, alpha=-0.3, beta=0.9, rounding=key)
-    projection.write_back_(turned, view, q, u, alpha=-0.3, beta=0.9, rounding=key)
+    projection.write_back_(p, view, q, u, alpha=-0.3, beta=0.9, rounding=Rounding(key))
+    projection.write_back_(flat, matrix_view(flat.shape, side, 1), q, u, alpha=-0.3, beta=0.9, rounding=Rounding(key))
+    projection.write_back_(turned, view, q, u, alpha=-0.3, beta=0.9, rounding=Rounding(key))
     assert torch.equal(flat.view(shape), p)
     assert torch.equal(turned, p)
 
@@ -116,7 +117,7 @@ def test_no_two_elements_share_their_random_bits(shape, batch_dims):
     view = matrix_view(shape, "left", batch_dims)
     p = torch.ones(shape, dtype=torch.bfloat16)
     q, u = torch.ones(*view.lead, view.d, 1), torch.ones(*view.lead, 1, view.k)
-    SVD(rank=1).write_back_(p, view, q, u, alpha=-1e-3, beta=1.0, rounding=counter_key(1, 2))
+    SVD(rank=1).write_back_(p, view, q, u, alpha=-1e-3, beta=1.0, rounding=Rounding(counter_key(1, 2)))
     first, second = p.view(2, -1)
     assert first.unique().numel() == 2
     assert not torch.equal(first, second)
@@ -128,7 +129,7 @@ def test_matrices_of_several_blocks_equal_the_dense_formula(dtype):
     for layout in (torch.clone, transposed):
         projection, view, p, q, u, product = case(shape, 0, layout, "auto", dtype)
         expected = 0.9 * p.double() - 0.3 * product
-        projection.write_back_(p, view, q, u, alpha=-0.3, beta=0.9, rounding=5)
+        projection.write_back_(p, view, q, u, alpha=-0.3, beta=0.9, rounding=Rounding(5))
         unit = torch.finfo(dtype).eps
         torch.testing.assert_close(p.double(), expected, rtol=1.01 * unit, atol=1e-5)
 
@@ -137,7 +138,7 @@ def test_alpha_zero_and_beta_one_change_no_bit():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         projection, view, p, q, u, _ = case((9, 20), 0, torch.clone, "auto", dtype)
         before = p.clone()
-        projection.write_back_(p, view, q, u, alpha=0.0, beta=1.0, rounding=3)
+        projection.write_back_(p, view, q, u, alpha=0.0, beta=1.0, rounding=Rounding(3))
         assert torch.equal(p, before)
 
 
@@ -213,6 +214,6 @@ def test_coordinates_are_written_where_they_are(name, shape, batch_dims, layout,
     u = torch.randn(*view.lead, 4, view.k, dtype=wide)
     expected = 0.9 * p.double() - 0.3 * view.close(projection.up(u.double(), index, view.d))
     pointer, strides = p.data_ptr(), p.stride()
-    projection.write_back_(p, view, index, u, alpha=-0.3, beta=0.9, rounding=None if dtype == wide else 7)
+    projection.write_back_(p, view, index, u, alpha=-0.3, beta=0.9, rounding=NEAREST if dtype == wide else Rounding(7))
     torch.testing.assert_close(p.double(), expected, atol=tolerance, rtol=tolerance)
     assert (p.data_ptr(), p.stride()) == (pointer, strides)
