@@ -52,6 +52,8 @@ SHARED = {
     "maximize": st.booleans(),
     "moment_dtype": some([None, "float32", "bfloat16", "param", torch.bfloat16]),
     "stochastic_rounding": some([None, True, False]),
+    "compensation": st.booleans(),
+    "nonfinite": some(["propagate", "skip", "raise"]),
     "seed": st.integers(-5, 5),
 }
 PROJECTED = {"rank": RANK, "update_proj_gap": GAP, "scale": SCALE, "batch_dims": st.integers(0, 2)}
@@ -216,7 +218,14 @@ WRONG += [("moment_dtype", "int8"), ("moment_dtype", torch.int8), ("stochastic_r
 WRONG += [("dampening", None), ("nesterov", "yes"), ("delta", -1), ("wd_ratio", math.nan), ("layer_view", None)]
 WRONG += [("rank", 0), ("rank", 1.5), ("rank", True), ("update_proj_gap", 0), ("update_proj_gap", 2.0), ("scale", -1)]
 WRONG += [("projection", "dtc"), ("projection", SVD), ("side", "up"), ("transport", "no"), ("batch_dims", -1)]
-WRONG += [("norm", 3), ("error_feedback", "2bit"), ("density", 1.5), ("density", -0.5)]
+WRONG += [
+    ("nonfinite", "ignore"),
+    ("compensation", "yes"),
+    ("norm", 3),
+    ("error_feedback", "2bit"),
+    ("density", 1.5),
+    ("density", -0.5),
+]
 WRONG += [("inner", "adam"), ("outer", None), ("outer_scale", 0), ("order", "up"), ("contiguous", 1)]
 WRONG += [("clip_threshold", 0), ("decay_rate", 0.5), ("beta1", 1.0), ("warmup_init", "yes"), ("eps", (0.0, 1.0))]
 WRONG += [("foreach", True), ("differentiable", True), ("amsgrad", True), ("proj_type", "full"), ("dim", 2)]
@@ -265,7 +274,7 @@ class Fuzz(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.trained, self.taken = [], 0
+        self.trained, self.taken, self.skipped = [], 0, 0
 
     # Construction.
 
@@ -315,6 +324,7 @@ class Fuzz(RuleBasedStateMachine):
         except ValueError as error:
             assert str(error)
             assert bits(params) == before
+            self.counts["refused"] += 1
             return
         self.build = build
         self.trained = [Trained(optimizer, params)]
@@ -330,6 +340,8 @@ class Fuzz(RuleBasedStateMachine):
                 options.pop(key, None)
         if "batch_dims" in options:
             options["batch_dims"] = min(options["batch_dims"], len(matrix) - 2)
+        if options.get("compensation"):
+            options.pop("stochastic_rounding", None)
         if self.kind is FRUGAL:
             if "density" in options:
                 options.pop("rank", None)
@@ -364,22 +376,27 @@ class Fuzz(RuleBasedStateMachine):
             for i, (p, kind) in enumerate(zip(one.params, self.kinds, strict=True)):
                 p.grad = gradient(p, kind, seed + i)
 
-    def take_step(self, step=None):
-        """Of every optimizer, with the gradients that are there; `step` calls the optimizer's."""
+    def take_step(self, step=lambda one: one.optimizer.step()):
+        """Of every optimizer, with the gradients that are there."""
+        held = [[p for p in group["params"] if p.grad is not None] for group in self.first.optimizer.param_groups]
+        bad = [any(not p.grad.isfinite().all() for p in params) for params in held]
+        policies = [group["nonfinite"] for group, b in zip(self.first.optimizer.param_groups, bad, strict=True) if b]
+        stopped = any(policy != "propagate" for policy in policies)
         before = [(bits(p), bits(self.first.state(i))) for i, p in enumerate(self.first.params)]
         for one in self.trained:
             seen = [(p.grad, None if p.grad is None else bits(p.grad)) for p in one.params]
-            if step is None:
-                assert one.optimizer.step() is None
+            if "raise" in policies:
+                with pytest.raises(FloatingPointError, match="nothing was changed"):
+                    step(one)
             else:
                 step(one)
             for p, (grad, content) in zip(one.params, seen, strict=True):
                 assert p.grad is grad
                 assert grad is None or bits(grad) == content
         self.taken += 1
-        groups = self.first.groups()
-        for i, (p, group) in enumerate(zip(self.first.params, groups, strict=True)):
-            if p.grad is None:
+        self.skipped += stopped
+        for i, (p, group) in enumerate(zip(self.first.params, self.first.groups(), strict=True)):
+            if p.grad is None or stopped:
                 assert (bits(p), bits(self.first.state(i))) == before[i]
                 continue
             self.steps[i] += 1
@@ -556,7 +573,7 @@ class Fuzz(RuleBasedStateMachine):
         """As `module.to(dtype)` does. State that is in another dtype than the parameter stays as it is."""
         which %= len(self.steps)
         p, group = self.first.params[which], self.first.groups()[which]
-        kept_alike = "param" in (group["moment_dtype"], group.get("error_feedback"))
+        kept_alike = group["compensation"] or "param" in (group["moment_dtype"], group.get("error_feedback"))
         if (self.steps[which] and (kept_alike or not {p.dtype, dtype} <= NARROW)) or not p.isfinite().all():
             return
         for one in self.trained:
@@ -593,7 +610,7 @@ class Fuzz(RuleBasedStateMachine):
                 scheduler.step(*([1.0] if name == "plateau" else []))
 
     @constructed
-    @rule(kinds=KINDS, seed=SEEDS)
+    @rule(kinds=st.tuples(some(USUAL)), seed=SEEDS)
     def step_under_hooks(self, kinds, seed):
         self.set_gradients(kinds, seed)
 
@@ -603,7 +620,7 @@ class Fuzz(RuleBasedStateMachine):
                 one.optimizer.register_step_pre_hook(lambda *_: calls.append("before")),
                 one.optimizer.register_step_post_hook(lambda *_: calls.append("after")),
             ]
-            one.optimizer.step()
+            assert one.optimizer.step() is None
             for handle in handles:
                 handle.remove()
             assert calls == ["before", "after"]
@@ -751,9 +768,9 @@ class Fuzz(RuleBasedStateMachine):
 
     def teardown(self):
         self.counts["cases"] += 1
-        self.counts["refused"] += not self.trained
         self.counts["trained to the end"] += self.taken > 0
         self.counts["steps"] += self.taken
+        self.counts["steps not taken for a gradient"] += self.skipped
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
