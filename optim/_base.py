@@ -137,8 +137,8 @@ class Optimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def add_param_group(self, param_group: Group) -> None:
-        """As torch's, but an unknown key, a value out of range or a parameter that is not real floating point, or is
-        sharded, raises before anything is changed, and the caller's dict is left as it is."""
+        """As torch's, but an unknown key, a value out of range or a parameter that is not dense and real floating
+        point, or is sharded, raises before anything is changed, and the caller's dict is left as it is."""
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         unknown = sorted(param_group.keys() - self.defaults.keys() - BOOKKEEPING)
@@ -150,8 +150,9 @@ class Optimizer(torch.optim.Optimizer):
             group["params"] = list(group["params"])
             for p in group["params"]:
                 p = p[1] if isinstance(p, tuple) else p
-                if isinstance(p, Tensor) and not p.is_floating_point():
-                    raise ValueError(f"{type(self).__name__} takes real floating-point parameters, got {p.dtype}")
+                if isinstance(p, Tensor) and not (p.is_floating_point() and p.layout == torch.strided):
+                    found = p.dtype if p.layout == torch.strided else p.layout
+                    raise ValueError(f"{type(self).__name__} takes dense real floating-point parameters, got {found}")
                 if hasattr(p, "placements"):
                     raise NotImplementedError(f"{type(self).__name__} does not take sharded parameters (DTensor) yet")
         if group["nonfinite"] not in NONFINITE:
@@ -176,7 +177,8 @@ class Optimizer(torch.optim.Optimizer):
             What the closure returned, else None.
 
         Raises:
-            RuntimeError: for a sparse or complex gradient, before anything is changed.
+            RuntimeError: for a sparse or complex gradient, or a parameter on the meta device, before anything is
+                changed.
             FloatingPointError: for a gradient that is not finite, in a group with nonfinite="raise"; nothing but the
                 group's count of them is changed.
         """
@@ -223,6 +225,11 @@ class Optimizer(torch.optim.Optimizer):
             if p.grad is not None and (p.grad.is_complex() or p.grad.layout != torch.strided):
                 kind = "complex" if p.grad.is_complex() else "sparse"
                 raise RuntimeError(f"{type(self).__name__} takes dense real gradients, got a {kind} one for {name}")
+            if p.grad is not None and p.is_meta:
+                raise RuntimeError(
+                    f"parameter {name} is on the meta device and has no data: materialise the model (`to_empty`, then "
+                    "its weights), and put its new parameters into the optimizer's groups"
+                )
 
     def _skips(self) -> bool:
         """Whether a gradient that is not finite stops this step, by the policies of the groups; counts those."""
