@@ -249,18 +249,33 @@ def without(group, key):
 def damages(saved):
     """What makes a state dict unfit for the optimizer that it is from: name -> the damaged one."""
     groups, state = saved["param_groups"], saved["state"]
+    yield "no groups", without(saved, "param_groups")
+    yield "no state", without(saved, "state")
     yield "a group less", saved | {"param_groups": groups[1:]}
     yield "a group more", saved | {"param_groups": [*groups, groups[0]]}
-    yield "a parameter less", saved | {"param_groups": [groups[0] | {"params": groups[0]["params"][1:]}, *groups[1:]]}
+    for key, value in (
+        ("params", groups[0]["params"][1:]),
+        ("params", [*groups[0]["params"], 99]),
+        ("lr", -1.0),
+        ("lr", "0.1"),
+        ("weight_decay", math.nan),
+        ("seed", None),
+        ("moment_dtype", "int8"),
+        ("amsgrad", True),
+    ):
+        yield f"{key}: {value}", saved | {"param_groups": [groups[0] | {key: value}, *groups[1:]]}
     for i, entry in state.items():
         if "step" not in entry:
             continue
-        if entry.keys() > {"step", "stream"}:  # without any tensor it would be a forgotten one
-            yield "no step", saved | {"state": state | {i: without(entry, "step")}}
+        wrong = [("step", math.nan), ("step", -1.0), ("step", torch.ones(2)), ("stream", "first"), ("memory", 1.0)]
         for key, x in entry.items():
             if isinstance(x, torch.Tensor) and key != "step":
-                yield f"{key} of another shape", saved | {"state": state | {i: entry | {key: torch.zeros(2, 7, 1)}}}
-                yield f"{key} a number", saved | {"state": state | {i: entry | {key: 1.0}}}
+                wrong += [(key, torch.zeros(2, 7, 1)), (key, 1.0), (key, x.to(torch.complex64))]
+        for key, value in wrong:
+            yield f"{key} = {value}", saved | {"state": state | {i: entry | {key: value}}}
+        yield "a state that is no dict", saved | {"state": state | {i: list(entry)}}
+        if entry.keys() > {"step", "stream"}:  # without any tensor it would be a forgotten one
+            yield "no step", saved | {"state": state | {i: without(entry, "step")}}
 
 
 constructed = precondition(lambda self: self.trained)
