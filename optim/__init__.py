@@ -9,6 +9,7 @@ if __name__ != "slimstate.optim":
 from .adafactor import GaLoreAdafactor
 from .adamp import SGDP, AdamP
 from .adamw import AdamW
+from .convert import from_galore_torch
 from .dct import DCTAdamW
 from .frugal import FRUGAL
 from .galore import GaLoreAdamW
@@ -29,6 +30,7 @@ __all__ = [
     "GradNormLoRP",
     "OwLore",
     "ParamGroups",
+    "from_galore_torch",
     "outlier_scores",
     "param_groups",
     "state_bytes",

@@ -92,6 +92,8 @@ def check_storage(group: Group) -> None:
     if group["moment_dtype"] not in (None, *MOMENT_DTYPES):
         allowed = ", ".join(MOMENT_DTYPES)
         raise ValueError(f"moment_dtype must be None or one of {allowed}, got {group['moment_dtype']!r}")
+    if group["maximize"] not in (True, False):
+        raise ValueError(f"maximize must be True or False, got {group['maximize']!r}")
     if group["stochastic_rounding"] not in (None, True, False):
         raise ValueError(f"stochastic_rounding must be None, True or False, got {group['stochastic_rounding']!r}")
     if group["compensation"] not in (True, False):

@@ -13,11 +13,6 @@ import warnings
 
 import pytest
 import torch
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.optim import lr_scheduler as schedulers
 from torch.optim import swa_utils
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -42,7 +37,7 @@ from cases import (
     weights,
     weights_of,
 )
-from slimstate.optim import SGDP, AdamW, GaLoreAdafactor, GaLoreAdamW, state_bytes
+from slimstate.optim import SGDP, GaLoreAdafactor, state_bytes
 from training import gradients, parameter, run
 
 # What gives each matrix of a stack what it would get alone: nothing is drawn for each, or decided for all.
@@ -84,19 +79,6 @@ def test_names_stay_in_groups_and_checkpoints(name):
     for group in (optimizer.param_groups[0], optimizer.state_dict()["param_groups"][0]):
         assert group["param_names"] == names
         assert group["name"] == "all"
-
-
-@contract("a checkpoint with names fits a model without, and the other way round")
-@every
-@pytest.mark.parametrize("named", [(False, True), (True, False)])
-def test_checkpoints_with_and_without_names_fit_each_other(name, named):
-    nets = model(), model(seed=0)
-    a, b = (build(name, n.named_parameters() if w else n.parameters()) for n, w in zip(nets, named, strict=True))
-    train(nets[0], a, 0, 3)
-    b.load_state_dict(a.state_dict())
-    nets[1].load_state_dict(nets[0].state_dict())
-    assert b.param_groups[0]["param_names"] == [key for key, _ in nets[1].named_parameters()]
-    assert_same_continuation(nets[0], a, nets[1], b, 3)  # what is random goes by the stream in the state
 
 
 # what is wrong, the error's type, what it says
@@ -669,49 +651,6 @@ def test_groups_can_be_added_later(name):
 # Copies and checkpoints.
 
 
-@contract("`torch.load(weights_only=True)`; the run continues bit for bit")
-@every
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_state_dict_survives_saving_with_weights_only(name, dtype):
-    net = model(dtype)
-    optimizer = build(name, net.parameters())
-    train(net, optimizer, 0, 3)
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=True)
-    assert_equal(loaded, optimizer.state_dict())
-    other = copy.deepcopy(net)
-    resumed = build(name, other.parameters())
-    resumed.load_state_dict(loaded)
-    assert_equal(resumed.state_dict(), optimizer.state_dict())
-    assert_same_continuation(net, optimizer, other, resumed, 3)
-
-
-@contract("a load keeps dtypes and copies tensors")
-@every
-def test_a_load_keeps_dtypes_and_copies_tensors(name):
-    net = model(torch.bfloat16)
-    optimizer = build(name, net.parameters())
-    train(net, optimizer, 0, 3)
-    saved = copy.deepcopy(optimizer.state_dict())
-    resumed = build(name, copy.deepcopy(net).parameters())
-    given = optimizer.state_dict()
-    resumed.load_state_dict(given)
-    for state in resumed.state_dict()["state"].values():
-        dtypes = {key: x.dtype for key, x in state.items() if isinstance(x, torch.Tensor)}
-        moments = torch.bfloat16 if "bfloat16" in name else torch.float32
-        assert {dtypes[key] for key in moments_of(state)} <= {moments}
-        assert dtypes["step"] == torch.float32
-        assert dtypes.get("basis", torch.float32) == torch.float32
-        assert {dtypes.get(key, torch.int32) for key in ("index", "refreshes", "age")} == {torch.int32}
-    for state in resumed.state.values():
-        for x in state.values():
-            if isinstance(x, torch.Tensor):
-                x.zero_()
-    assert_equal(given, saved)
-
-
 @contract("`deepcopy` and `pickle`")
 @every
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
@@ -737,46 +676,6 @@ def test_repr_shows_the_class_and_the_settings(name):
     assert text.startswith(kind.__name__)
     for key, value in (matrices | common | {"lr": 0.0125}).items():
         assert f"{key}: {value}" in text
-
-
-@contract("hooks of loading fire in order, and may edit")
-@every
-def test_load_hooks_fire_in_order_and_may_edit(name):
-    net, other = model(torch.bfloat16), model(torch.bfloat16)
-    optimizer, resumed = build(name, net.parameters()), build(name, other.parameters())
-    train(net, optimizer, 0, 3)
-    calls, last = [], 7  # a bias, which has moments under any optimizer
-
-    def edit(_, state_dict):
-        if not state_dict["state"]:
-            return None
-        calls.append("pre")
-        state_dict = copy.deepcopy(state_dict)
-        state = state_dict["state"][last]
-        state[moments_of(state)[0]].fill_(0.5)
-        state["step"].fill_(40)
-        state_dict["param_groups"][0]["lr"] = 0.123
-        return state_dict
-
-    def look(o):
-        calls.append("post")
-        state, origin = o.state[list(other.parameters())[last]], optimizer.state[list(net.parameters())[last]]
-        key = moments_of(state)[0]
-        assert state[key].eq(0.5).all()  # the state is complete by now
-        assert state[key].dtype == origin[key].dtype
-
-    resumed.register_load_state_dict_pre_hook(edit)
-    resumed.register_load_state_dict_post_hook(look)
-    for _ in range(2):
-        resumed.load_state_dict(optimizer.state_dict())
-    with pytest.raises(ValueError):
-        resumed.load_state_dict(build(name, model()[:4].parameters()).state_dict())
-    assert calls == ["pre", "post"] * 2
-    hooks = resumed._optimizer_load_state_dict_pre_hooks, resumed._optimizer_load_state_dict_post_hooks
-    assert [len(each) for each in hooks] == [1, 1]  # only those above: ours go with the call
-    state = resumed.state[list(other.parameters())[last]]
-    assert state["step"].item() == 40
-    assert resumed.param_groups[0]["lr"] == 0.123
 
 
 @contract("hooks of steps and state dicts, global ones too, fire in order")
@@ -817,73 +716,6 @@ def one_more():
 
 def same_size_other_way():
     return torch.nn.Sequential(torch.nn.Linear(12, 20), torch.nn.Linear(20, 12))
-
-
-@contract("a foreign or damaged checkpoint is refused whole")
-@every
-@pytest.mark.parametrize("foreign", [other_shapes, one_more, same_size_other_way])
-def test_a_foreign_checkpoint_is_refused_whole(name, foreign):
-    def fill(net, optimizer):
-        for p in net.parameters():
-            p.grad = torch.randn_like(p)
-        optimizer.step()
-
-    net = torch.nn.Sequential(torch.nn.Linear(20, 12), torch.nn.Linear(12, 20))
-    optimizer = build(name, net.parameters())
-    fill(net, optimizer)
-    theirs = foreign()
-    other = build(name, theirs.parameters(), lr=0.777)
-    fill(theirs, other)
-    before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(ValueError):
-        optimizer.load_state_dict(other.state_dict())
-    assert_equal(optimizer.state_dict(), before)
-    fill(net, optimizer)
-
-
-@pytest.mark.parametrize("groups", ["default rank", "group rank"])
-def test_a_dense_checkpoint_does_not_turn_projection_off(groups):
-    net, other = model(), model()
-    matrices = [p for p in net.parameters() if p.ndim > 1]
-    given = [{"params": matrices, "rank": 3}] if groups == "group rank" else matrices
-    optimizer = GaLoreAdamW(given)
-    dense = torch.optim.AdamW([p for p in other.parameters() if p.ndim > 1])
-    train(other, dense, 0, 1)
-    with pytest.raises(ValueError, match="does not fit"):
-        optimizer.load_state_dict(dense.state_dict())
-    assert optimizer.param_groups[0]["rank"] == (3 if groups == "group rank" else 0.25)
-
-
-def test_a_checkpoint_of_torchs_adamw_continues_here():
-    net = model()
-    theirs = torch.optim.AdamW(net.parameters(), lr=0.02, fused=True)
-    train(net, theirs, 0, 3)
-    other = copy.deepcopy(net)
-    ours = AdamW(other.parameters())
-    ours.load_state_dict(theirs.state_dict())
-    assert_same_continuation(net, theirs, other, ours, 3)
-
-
-@contract("an older checkpoint loads: missing flags, `step` as a number")
-@every
-def test_a_checkpoint_without_newer_keys_loads(name):
-    net = model()
-    optimizer = build(name, net.parameters())
-    train(net, optimizer, 0, 3)
-    saved = copy.deepcopy(optimizer.state_dict())
-    for group in saved["param_groups"]:
-        for key in ("maximize", "seed", "stochastic_rounding"):
-            del group[key]
-    for state in saved["state"].values():
-        del state["stream"]
-        state["step"] = state["step"].item()
-    other = copy.deepcopy(net)
-    resumed = build(name, other.parameters())
-    resumed.load_state_dict(saved)
-    assert resumed.param_groups[0]["seed"] == 0
-    step = resumed.state[next(other.parameters())]["step"]
-    assert (step.dtype, step.shape, step.item()) == (torch.float32, (), 3)
-    assert_same_continuation(net, optimizer, other, resumed, 3)
 
 
 # What acts on an optimizer from outside.
@@ -1002,27 +834,6 @@ def test_grad_scaler_scales_back_and_skips_overflows(name):
     assert_equal(weights(net), weights(same))  # powers of two scale exactly
 
 
-@contract("`get_optimizer_state_dict` and `set_optimizer_state_dict`, flattened too, on a fresh optimizer")
-@every
-@pytest.mark.parametrize(("dtype", "flatten"), [(torch.float32, False), (torch.bfloat16, True)])
-def test_distributed_checkpoints_continue_on_a_fresh_optimizer(name, dtype, flatten):
-    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
-    net, other = model(dtype), model(dtype, seed=1)
-    optimizer, fresh = build(name, net.parameters()), build(name, other.parameters())
-    train(net, optimizer, 0, 3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own deprecations
-        saved = copy.deepcopy(get_optimizer_state_dict(net, optimizer, options=options))
-        before = weights(other)
-        for _ in range(2):  # the second time it has a state, and groups that were loaded
-            set_optimizer_state_dict(other, fresh, saved, options=options)
-    assert_equal(weights(other), before)
-    other.load_state_dict(net.state_dict())
-    assert_same_continuation(net, optimizer, other, fresh, 3)
-    for p, q in zip(net.parameters(), other.parameters(), strict=True):
-        assert_equal(dict(sorted(optimizer.state[p].items())), dict(sorted(fresh.state[q].items())))
-
-
 @contract("a step with zero gradients and lr 0 only creates the state")
 @every
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -1091,16 +902,3 @@ def test_data_parallel_wrappers_train_and_resume(name, process_group):
     optimizer.consolidate_state_dict()
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # it does not copy by itself
     assert_same_continuation(net, optimizer, other, resumed, 3)
-
-
-@contract("a foreign or damaged checkpoint is refused whole")
-@few
-def test_a_state_without_a_step_is_refused(name):
-    net = model()
-    optimizer = build(name, net.parameters())
-    train(net, optimizer, 0, 2)
-    damaged, before = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.state_dict())
-    del damaged["state"][2]["step"]
-    with pytest.raises(ValueError, match="number 2 has no 'step'"):
-        optimizer.load_state_dict(damaged)
-    assert_equal(optimizer.state_dict(), before)
