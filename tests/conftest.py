@@ -33,3 +33,11 @@ def seed() -> None:
         torch.manual_seed(0)
     else:  # torch.manual_seed notes down where it was called from, for every kind of device there might be: slow
         torch.default_generator.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests want to be read although they pass."""
+    for report in terminalreporter.getreports("passed"):
+        for name, text in report.user_properties:
+            if name == "summary":
+                terminalreporter.write_line(text)
