@@ -45,9 +45,11 @@ def test_weights_of_low_precision_move_as_float32_ones_do(name, dtype):
         pytest.skip("exact, see below")
     for p, q in zip(trained(name, dtype), trained(name, torch.float32), strict=True):
         deviation = UNIT[dtype] / 2 * math.sqrt(STEPS / p.numel())  # at most, of the mean of so many roundings
-        moved = (q - 1).mean().abs()
+        if "GradNormLoRP" in name and p.ndim > 1:  # where a row turns to depends on how its noise turned it before
+            p, q = p.norm(dim=1) / q.shape[1] ** 0.5, q.norm(dim=1) / q.shape[1] ** 0.5
+        moved = (q - 1).abs().mean()
         assert (p.mean() - q.mean()).abs() <= 5 * deviation + 0.01 * moved
-        assert moved > 10 * deviation or "density 0" in name
+        assert moved > 3 * deviation
 
 
 @contract("with `compensation`, bfloat16 and float16 weights are float32 ones, rounded")
@@ -118,7 +120,7 @@ def test_a_bfloat16_and_the_rest_are_every_float32(bits):
 
 
 @given(
-    mantissas=st.lists(st.floats(1, 1.999, width=32), min_size=1, max_size=40),
+    mantissas=st.lists(st.floats(1, 1.9375, width=32), min_size=1, max_size=40),
     exponent=st.integers(-40, 15),
     sign=st.sampled_from([-1, 1]),
 )
