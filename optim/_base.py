@@ -35,6 +35,9 @@ NONFINITE = ("propagate", "skip", "raise")
 # What schedulers change at every step: numbers that compiled code takes as tensors.
 SCHEDULED = ("lr", "betas", "momentum")
 
+# What says nothing about the form of a state.
+NOT_FORMING = BOOKKEEPING | {*SCHEDULED, "weight_decay", "eps", "scale"}
+
 PURPOSES = 6  # of random bits; `_adam`, `_projected` and the methods number them
 
 # torch.optim.AdamW's remaining keywords: the values that mean the same here, and what to do about the others.
@@ -115,6 +118,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __init__(self, params: ParamsT, defaults: Group) -> None:
         self._check(defaults)
+        self._forms: dict[Tensor, tuple[Any, ...]] = {}  # the dtype, device and settings that states were made for
         super().__init__(params, defaults)
 
     def _check(self, group: Group) -> None:
@@ -261,6 +265,15 @@ class Optimizer(torch.optim.Optimizer):
         return bool(stopped)
 
     def _create_states(self) -> None:
+        """Gives each parameter that has a gradient the state that `_spec` says: creates it at first, and brings it
+        along where the parameter's dtype or device, or a setting, has changed since."""
+        for group in self.param_groups:
+            settings = _forming(group)
+            for p in filter(self._has_gradient, group["params"]):
+                form = (p.dtype, p.device, *settings)
+                if "step" in self.state[p] and self._forms.get(p, form) != form:
+                    self._conform(p, group, self._forms[p][0])
+                self._forms[p] = form
         for position, (name, p, group) in enumerate(self._named()):
             if not self._has_gradient(p) or "step" in self.state[p]:
                 continue
@@ -268,12 +281,36 @@ class Optimizer(torch.optim.Optimizer):
             stream = zlib.crc32(name.encode()) if "param_names" in group else position
             stream = self.state[p].get("stream", stream)
             state: State = {"step": torch.zeros((), dtype=torch.float32), "stream": stream}
-            passing = self._passing(p, group)
-            for key, (shape, dtype) in self._spec(p, group).items():
-                if key in passing:
-                    continue
-                state[key] = torch.zeros(shape, dtype=dtype, device=_home(key, p))
-            self.state[p].update(state)
+            self.state[p].update(state | self._zeros(p, group))
+
+    def _present_forms(self) -> dict[Tensor, tuple[Any, ...]]:
+        return {p: (p.dtype, p.device, *_forming(group)) for _, p, group in self._named() if p in self.state}
+
+    def _zeros(self, p: Tensor, group: Group) -> State:
+        passing = self._passing(p, group)
+        return {
+            key: torch.zeros(shape, dtype=dtype, device=_home(key, p))
+            for key, (shape, dtype) in self._spec(p, group).items()
+            if key not in passing
+        }
+
+    def _conform(self, p: Tensor, group: Group, before: torch.dtype) -> None:
+        state, spec = self.state[p], self._spec(p, group)
+        for key, value in state.items():
+            if key in spec and tuple(value.shape) != (shape := spec[key][0]):
+                raise ValueError(
+                    f"{key!r} in the state of a parameter has shape {tuple(value.shape)}, and would need {shape} with "
+                    "the settings that its group has now: forget([parameter]) first"
+                )
+        kept = {key: x.to(_home(key, p), spec[key][1]) for key, x in state.items() if key in spec}
+        if p.dtype != before:
+            kept.pop("compensation", None)  # of other bits
+        fresh = self._zeros(p, group)
+        if (fresh.keys() - kept.keys()) & {"basis", "index"}:
+            kept.pop("refreshes", None)
+        if "age" in fresh:
+            fresh["age"].fill_(state["step"])
+        self.state[p] = {"step": state["step"], "stream": state["stream"]} | fresh | kept
 
     def _named(self) -> Iterator[tuple[str, Tensor, Group]]:
         """(name or position, parameter, group) of every parameter."""
@@ -323,6 +360,7 @@ class Optimizer(torch.optim.Optimizer):
 
         def restore(_: torch.optim.Optimizer) -> None:
             self.state.update(kept)
+            self._forms = self._present_forms()
 
         # After the users' own pre-hooks, to see what they made of the dict, and before their post-hooks.
         before = self.register_load_state_dict_pre_hook(read)
@@ -380,6 +418,10 @@ class Optimizer(torch.optim.Optimizer):
             raise misfit(f"the state of parameter {name} has no 'step'")
         accepted: State = {"step": read_step(state["step"], name), **stream}
         spec, passing = self._spec(p, group), self._passing(p, group)
+        if "compensation" not in spec:  # the weight is kept whole now
+            state.pop("compensation", None)
+        elif "compensation" not in state:  # it was kept whole, or rounded, before
+            state["compensation"] = torch.zeros(p.shape, dtype=torch.int16)
         if unknown := state.keys() - spec.keys() - {"step", "stream"}:
             raise misfit(
                 f"the state of parameter {name} has an entry {min(map(str, unknown))!r}, which is unknown here"
@@ -401,6 +443,7 @@ class Optimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fills in what the state of an older checkpoint lacks."""
         super().__setstate__(state)
+        self._forms = self._present_forms()
         self.defaults.pop("differentiable", None)  # torch puts it there, and no group has it
         for position, (_, p, _) in enumerate(self._named()):
             if entry := self.state.get(p):
@@ -422,6 +465,11 @@ def _optimizer_with(key: str) -> str | None:
 def _home(key: str, p: Tensor) -> torch.device:
     """Counters are read by Python and stay on the CPU; everything else is where its parameter is."""
     return torch.device("cpu") if key in COUNTERS else p.device
+
+
+def _forming(group: Group) -> tuple[Any, ...]:
+    """The settings that the form of a state may depend on."""
+    return tuple(value for key, value in group.items() if key not in NOT_FORMING and not isinstance(value, Tensor))
 
 
 def _number(value: Any, compiling: bool) -> Any:

@@ -164,7 +164,11 @@ class ProjectedOptimizer(Optimizer):
                     raise ValueError(f"proj_type={proj_type!r} contradicts side={param_group['side']!r}")
             self._check_explicit_share(param_group)
         super().add_param_group(param_group)
-        self._report_clamped(self.param_groups[-1])
+        try:
+            self._report_clamped(self.param_groups[-1])
+        except UserWarning:  # where warnings are errors
+            self.param_groups.pop()
+            raise
 
     def _check_explicit_share(self, param_group: Group) -> None:
         key = next((key for key in self.shares if param_group.get(key) is not None), None)

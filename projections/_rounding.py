@@ -11,7 +11,7 @@ __all__ = ["LOW_PRECISION", "NEAREST", "Rounding", "narrow_", "widen"]
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 FRACTION_BITS = 10  # of float16
-LEAST_EXPONENT = -14
+SMALLEST_NORMAL = 2.0**-14
 
 
 class Rounding(NamedTuple):
@@ -68,5 +68,5 @@ def narrow_(w: Tensor, x: Tensor, how: Rounding, offset: int = 0) -> None:
 
 def _unit(w: Tensor, dtype: torch.dtype) -> Tensor:
     """2^-16 of the unit in the last place of float16 numbers."""
-    exponent = torch.frexp(w.to(dtype)).exponent.sub_(1).clamp_(min=LEAST_EXPONENT)
+    exponent = torch.frexp(w.to(dtype).abs().clamp_(min=SMALLEST_NORMAL)).exponent - 1
     return torch.ldexp(torch.ones_like(w, dtype=dtype), exponent - FRACTION_BITS - 16)

@@ -438,17 +438,68 @@ def test_a_state_moves_to_weights_of_another_dtype(name, before, after):
 
 @contract("a state moves to weights of another dtype")
 @every
-def test_a_model_that_changes_its_dtype_under_the_optimizer_goes_on(name):
-    net = model()
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float64)])
+def test_the_state_follows_a_model_that_changes_its_dtype(name, dtypes):
+    net = model(dtypes[0])
     optimizer = build(name, net.parameters())
     train(net, optimizer, 0, 3)
-    net.to(torch.bfloat16)
-    optimizer.load_state_dict(optimizer.state_dict())
+    copied = copy.deepcopy(net)
+    resumed = build(name, copied.parameters())
+    resumed.load_state_dict(optimizer.state_dict())
+    for each, its in ((net, optimizer), (copied, resumed)):
+        train(each.to(dtypes[1]), its, 3, 5)
+    assert_equal(weights(net), weights(copied))
+    for p in net.parameters():
+        spec = optimizer._spec(p, optimizer.param_groups[0])
+        found = {key: (tuple(x.shape), x.dtype) for key, x in optimizer.state[p].items() if key in spec}
+        assert found == {key: spec[key] for key in found}
+        assert optimizer.state[p]["step"] == 5
     before = backward(net, 0).item()
     for _ in range(6):
         backward(net, 0)
         optimizer.step()
     assert backward(net, 0).item() < before
+
+
+# Settings that change what a state holds.
+
+
+@pytest.mark.parametrize("setting", ["beta1", "moment_dtype", "error_feedback", "compensation", "transport"])
+def test_a_setting_of_a_running_group_that_needs_another_state_gets_it(setting):
+    name, value = {
+        "beta1": ("GaLoreAdafactor", 0.9),
+        "moment_dtype": ("GaLoreAdamW, svd, rotate", "bfloat16"),
+        "error_feedback": ("DCTAdamW, every step", "8bit"),
+        "compensation": ("AdamW", True),
+        "transport": ("GaLoreAdamW, svd, rotate", "reset"),
+    }[setting]
+    net = model(torch.bfloat16)
+    optimizer = build(name, net.parameters())
+    train(net, optimizer, 0, 3)
+    optimizer.param_groups[0][setting] = value
+    train(net, optimizer, 3, 5)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    copied = copy.deepcopy(net)
+    resumed = build(name, copied.parameters(), **{setting: value})
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert_same_continuation(net, optimizer, copied, resumed, 5)
+
+
+def test_a_setting_of_a_running_group_that_no_state_can_follow_is_refused_before_the_step():
+    net = model()
+    optimizer = build("GaLoreAdamW, svd, rotate", net.parameters())
+    train(net, optimizer, 0, 3)
+    optimizer.param_groups[0]["rank"] = 5
+    before = weights(net), copy.deepcopy(optimizer.state_dict()["state"])
+    backward(net, 3)
+    with pytest.raises(ValueError, match=r"has shape .* would need .* with the settings that its group has now"):
+        optimizer.step()
+    assert_equal((weights(net), optimizer.state_dict()["state"]), before)
+    optimizer.forget(net.parameters())
+    optimizer.step()
+    assert optimizer.state[net[3].weight]["exp_avg"].shape == (5, 32)
 
 
 # What is refused.

@@ -697,6 +697,13 @@ def test_ranks_are_counts_or_shares_of_the_compressed_side(rank, r):
     assert optimizer.state[p]["exp_avg"].shape == (r, 20)
 
 
+def test_a_clamped_rank_leaves_nothing_behind_where_warnings_are_errors():
+    optimizer = GaLoreAdamW([parameter((9, 12))], rank=3)
+    with pytest.raises(UserWarning, match="is clamped"):
+        optimizer.add_param_group({"params": [parameter((4, 6))], "rank": 5})
+    assert len(optimizer.param_groups) == 1
+
+
 def test_a_rank_above_the_smaller_side_is_clamped_with_a_warning():
     p, q = parameter((12, 20)), parameter((40, 30))
     with pytest.warns(UserWarning, match=r"rank 16 is above the smaller side of 1 of 2 matrices, such as \(12, 20\)"):
