@@ -9,6 +9,7 @@ if __name__ != "slimstate.optim":
 from .adafactor import GaLoreAdafactor
 from .adamp import SGDP, AdamP
 from .adamw import AdamW
+from .backward import InBackward, in_backward
 from .dct import DCTAdamW
 from .frugal import FRUGAL
 from .galore import GaLoreAdamW
@@ -27,8 +28,10 @@ __all__ = [
     "GaLoreAdafactor",
     "GaLoreAdamW",
     "GradNormLoRP",
+    "InBackward",
     "OwLore",
     "ParamGroups",
+    "in_backward",
     "outlier_scores",
     "param_groups",
     "state_bytes",

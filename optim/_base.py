@@ -200,7 +200,7 @@ class Optimizer(torch.optim.Optimizer):
         self._create_states()
         prepared = []
         for group in self.param_groups:
-            entries = [self._entry(p, group, compiling) for p in group["params"] if self._has_gradient(p)]
+            entries = [self._entry(p, group, compiling) for p in group["params"] if self._gradients(p)]
             settings = group | {key: _number(group[key], compiling) for key in SCHEDULED if key in group}
             prepared.append((settings, self._arranged(group, entries)))
         return prepared
@@ -215,8 +215,9 @@ class Optimizer(torch.optim.Optimizer):
         keys = [counter_key(*draw, purpose) for purpose in range(PURPOSES)]
         return Entry(p, p.grad, state, state["step"].double(), torch.tensor(keys))
 
-    def _has_gradient(self, p: Tensor) -> bool:
-        return p.grad is not None
+    def _gradients(self, p: Tensor) -> tuple[Tensor, ...]:
+        """What there is of its gradient: nothing, all of it, or what was made of it during the backward pass."""
+        return () if p.grad is None else (p.grad,)
 
     def _check_gradients(self) -> None:
         for name, p, _ in self._named():
@@ -230,22 +231,25 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["nonfinite"] == "propagate":
                 continue
-            grads = [p.grad for p in group["params"] if p.grad is not None and p.grad.numel()]
+            grads = [g for p in group["params"] for g in self._gradients(p) if g.numel()]
             if not get_total_norm(grads, math.inf).isfinite():
                 group["nonfinite_steps"] = group.get("nonfinite_steps", 0) + 1
                 stopped.append(group)
         for group in stopped:
             if group["nonfinite"] == "raise":
-                names = [name for name, p, g in self._named() if g is group and _is_bad(p.grad)]
+                names = [name for name, p, g in self._named() if g is group and self._is_bad(p)]
                 raise FloatingPointError(
                     f"the gradients of {len(names)} parameters are not finite, such as that of {names[0]}; nothing was "
                     "changed (nonfinite='skip' goes on without such steps, 'propagate' takes them as torch does)"
                 )
         return bool(stopped)
 
+    def _is_bad(self, p: Tensor) -> bool:
+        return not all(g.isfinite().all() for g in self._gradients(p))
+
     def _create_states(self) -> None:
         for position, (name, p, group) in enumerate(self._named()):
-            if not self._has_gradient(p) or "step" in self.state[p]:
+            if not self._gradients(p) or "step" in self.state[p]:
                 continue
             # By name where there is one, so that the draws do not depend on the order of the parameters.
             stream = zlib.crc32(name.encode()) if "param_names" in group else position
@@ -361,7 +365,3 @@ def _number(value: Any, compiling: bool) -> Any:
     if value is None:
         return None
     return torch.tensor(float(value), dtype=torch.float64) if compiling else float(value)
-
-
-def _is_bad(grad: Tensor | None) -> bool:
-    return grad is not None and not grad.isfinite().all()
