@@ -342,7 +342,8 @@ class ProjectedOptimizer(Optimizer):
             view = projection.view(tuple(x.p.shape), group["batch_dims"])
             matrix = Matrix(x.p, x.gradient, x.state, x.step, x.draw, view)
             if x.gradient is not None:
-                scheduled = due(int(x.state["step"]), places[x.p], len(places), group["update_proj_gap"])
+                step = int(x.state["step"])  # at the first, a basis that is there already is one of this gradient
+                scheduled = step > 1 and due(step, places[x.p], len(places), group["update_proj_gap"])
                 self._refresh(matrix, group, projection, scheduled=scheduled)
             if self._in_backward is not None:  # those that kept their gradients too: for the norm, and for compilers
                 reduced = self._in_backward.reduced.get(x.p) or self._reduce(matrix, group, projection)

@@ -185,8 +185,9 @@ class InBackward:
         found = self._reducible.get(p)
         reduced = None if found is None or p.grad.layout != torch.strided else self._reduced(optimizer, p, found)
         if reduced is None:
+            # An accumulation is one version; after anything else the old entry stays, and does not pass `check`.
             version, before = p.grad._version, self._kept.get(p)
-            if before is None or before[0] is p.grad and before[1] == version - 1:  # else `check` finds the old one
+            if before is None or (before[0] is p.grad and before[1] == version - 1):
                 self._kept[p] = p.grad, version
             return
         if p in self.reduced:
@@ -201,18 +202,14 @@ class InBackward:
         planned = {}
         for group in optimizer.param_groups:
             self.check_group(optimizer, group)  # a checkpoint may have brought another setting
-            places = optimizer._places(group)
-            projection = optimizer._projection(group) if places else None
+            if not (places := optimizer._places(group)):
+                continue
+            projection = optimizer._projection(group)
             for p, place in places.items():
                 state = optimizer.state.get(p, {})
                 step = int(state["step"]) if "step" in state else 0
-                if step == 0:
-                    reducible = self._early_bases
-                elif due(step + 1, place, len(places), group["update_proj_gap"]):
-                    reducible = False
-                else:
-                    reducible = self._early_bases or _has_bases(state)
-                if reducible and projection is not None:
+                kept = step > 0 and due(step + 1, place, len(places), group["update_proj_gap"])
+                if not kept and (self._early_bases or _has_bases(state)):
                     planned[p] = _Reducible(group, projection, optimizer._view(p, group))
         return planned
 
@@ -256,7 +253,7 @@ class InBackward:
                         f"the gradient of parameter {name} was changed after the backward pass, those that were "
                         "projected during it were not. To clip, use in_backward(optimizer, max_norm=...), and no "
                         "clip_grad_norm_ (in a Trainer max_grad_norm=0); to drop gradients, optimizer.zero_grad(), and "
-                        "not the model's; GradScaler.unscale_ and DistributedDataParallel do not go with in_backward"
+                        "not the model's; DistributedDataParallel does not go with in_backward"
                     )
 
     def finish(self, prepared: list[tuple[Group, Arranged]]) -> None:

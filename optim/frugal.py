@@ -191,8 +191,10 @@ class FRUGAL(ProjectedOptimizer):
         super().__init__(params, defaults)
 
     def _needs_whole(self, group: Group) -> str | None:
-        if group["projection"] == "blocks" or group["density"] == 0:
-            return "whole tensors have a state or none" if group["density"] else "density=0 projects nothing"
+        if group["density"] == 0:
+            return "density=0 projects nothing"
+        if group["projection"] == "blocks":
+            return "projection='blocks' gives a state to whole tensors"
         if group["outer"] != "none":
             return f"outer={group['outer']!r} steps with what the subspace leaves out of them; outer='none' does not"
         return super()._needs_whole(group)
