@@ -247,9 +247,9 @@ class Optimizer(torch.optim.Optimizer):
     def _is_bad(self, p: Tensor) -> bool:
         return not all(g.isfinite().all() for g in self._gradients(p))
 
-    def _create_states(self) -> None:
+    def _create_states(self, only: Tensor | None = None) -> None:
         for position, (name, p, group) in enumerate(self._named()):
-            if not self._gradients(p) or "step" in self.state[p]:
+            if not (only is None or p is only) or not self._gradients(p) or "step" in self.state[p]:
                 continue
             # By name where there is one, so that the draws do not depend on the order of the parameters.
             stream = zlib.crc32(name.encode()) if "param_names" in group else position

@@ -12,7 +12,7 @@ from slimstate.projections import MatrixView, Projection
 from slimstate.projections._base import compute_dtype
 
 from ._adam import is_number
-from ._base import Group
+from ._base import Group, Optimizer
 from ._projected import Arranged, Matrix, ProjectedOptimizer, due
 
 __all__ = ["InBackward", "in_backward"]
@@ -61,8 +61,8 @@ def in_backward(
 
     Raises:
         TypeError: if `optimizer` is not one of this package.
-        ValueError: if a step of it needs whole gradients, which names the reason; for a `max_norm` that is not > 0, or
-            `early_bases` that is not a bool.
+        ValueError: if a step of it needs whole gradients; says why. For a `max_norm` that is not > 0, or `early_bases`
+            that is not a bool.
         RuntimeError: if it is in this mode already.
 
     Example:
@@ -79,15 +79,11 @@ def in_backward(
         >>> mode.buffer_bytes, mode.total_norm.ndim
         (0, 0)
     """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must be an optimizer of slimstate.optim, got {type(optimizer).__name__}")
-    name = type(optimizer).__qualname__
+    name = type(optimizer).__name__
     if not isinstance(optimizer, ProjectedOptimizer):
-        if type(optimizer).__module__.startswith("slimstate."):
+        if isinstance(optimizer, Optimizer):
             raise ValueError(f"{name} projects no gradients: a step of it needs whole ones")
-        raise TypeError(
-            f"optimizer must be one of slimstate.optim that projects gradients, got {type(optimizer).__module__}.{name}"
-        )
+        raise TypeError(f"optimizer must be one of slimstate.optim, got {type(optimizer).__module__}.{name}")
     if max_norm is not None and not (is_number(max_norm) and max_norm > 0):
         raise ValueError(f"max_norm must be None or a number > 0, got {max_norm!r}")
     if not isinstance(early_bases, bool):
@@ -118,6 +114,8 @@ class InBackward:
     def __init__(self, optimizer: ProjectedOptimizer, max_norm: float | None, early_bases: bool) -> None:
         for group in optimizer.param_groups:
             self.check_group(optimizer, group)
+        if not any(map(optimizer._places, optimizer.param_groups)):
+            raise ValueError(f"this {type(optimizer).__name__} projects no gradients: everything is selected")
         self.max_norm = max_norm
         self.total_norm: Tensor | None = None
         self.reduced: dict[Tensor, tuple[Tensor, ...]] = {}
@@ -128,7 +126,7 @@ class InBackward:
         # Parameters hold their hooks: an optimizer that was given up must not go on taking gradients.
         self._optimizer = weakref.ref(optimizer)
         optimizer._in_backward = self
-        optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]  # so that GradScaler tells `check`
+        optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]  # so that `check` hears of a GradScaler
         for group in optimizer.param_groups:
             self.watch(group["params"])
 
@@ -216,7 +214,7 @@ class InBackward:
     def _reduced(self, optimizer: ProjectedOptimizer, p: Tensor, found: _Reducible) -> tuple[Tensor, ...] | None:
         """What is made of a gradient; None where no basis can be fitted to it."""
         if "step" not in optimizer.state[p]:
-            optimizer._create_states()
+            optimizer._create_states(only=p)
         state = optimizer.state[p]
         step = int(state["step"]) + 1
         draw = (found.group["seed"], state["stream"], step)
@@ -231,8 +229,9 @@ class InBackward:
         Raises:
             RuntimeError: if somebody wrote to gradients after the backward pass.
         """
-        scaler = [vars(optimizer).pop(key, None) is not None for key in ("grad_scale", "found_inf")]
-        if any(scaler):
+        # What GradScaler.step sets on optimizers that say they support it, and deletes only after a step.
+        scaled = [vars(optimizer).pop(key, None) is not None for key in ("grad_scale", "found_inf")]
+        if any(scaled):
             raise RuntimeError(
                 "GradScaler does not see gradients that were projected during the backward pass, nor an overflow in "
                 "them: train in bfloat16, which needs no scaling, or without in_backward"
