@@ -194,13 +194,19 @@ def _encode(tokenizer: tokenizers.Tokenizer, text: str) -> np.ndarray:
 
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[BinaryIO]:
-    """Opens a file for writing that is either whole or as it was, whatever interrupts it."""
+    """Opens a file for writing that is either whole or as it was, whatever interrupts it, a loss of power included."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as stream:
             yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
         os.replace(temporary, file)
+        if os.name == "posix":  # the new name is on the disk when its folder is
+            folder = os.open(file.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -307,6 +307,8 @@ class Run:
             RunError: if it belongs to other settings, or cannot be read.
         """
         file = self.folder / "checkpoint.pt"
+        for left in self.folder.glob(".*.*.*"):  # by a process that was killed while it saved
+            left.unlink(missing_ok=True)
         if not file.exists():
             return
         advice = "choose another --out, or --fresh to start over"
@@ -331,7 +333,11 @@ class Run:
         self.progress = Progress(**saved["progress"])
 
     def save(self) -> None:
-        """Writes both files, each of them whole or not at all."""
+        """Writes both files, each of them whole or not at all.
+
+        Raises:
+            RunError: if they cannot be written, for want of space, say.
+        """
         if process()[0] > 0:
             return
         checkpoint = {
@@ -343,11 +349,15 @@ class Run:
             "rng": torch.get_rng_state(),
             "progress": asdict(self.progress),
         }
-        with replacing(self.folder / "checkpoint.pt") as stream:
-            torch.save(checkpoint, stream)
         record = {"settings": self.settings, "progress": asdict(self.progress)}
-        with replacing(self.folder / "run.json") as stream:
-            stream.write(json.dumps(record).encode())
+        try:
+            # The checkpoint last: a run that it says is finished would never write the other file again.
+            with replacing(self.folder / "run.json") as stream:
+                stream.write(json.dumps(record).encode())
+            with replacing(self.folder / "checkpoint.pt") as stream:
+                torch.save(checkpoint, stream)
+        except (OSError, RuntimeError) as error:  # torch's writer makes its own of a full disk
+            raise RunError(f"{self.folder} cannot be written ({error}); the last checkpoint there is whole") from error
 
 
 def train(name: str, args: argparse.Namespace, corpus: Corpus, device: torch.device) -> bool:

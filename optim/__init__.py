@@ -10,6 +10,7 @@ from .adafactor import GaLoreAdafactor
 from .adamp import SGDP, AdamP
 from .adamw import AdamW
 from .backward import InBackward, in_backward
+from .convert import from_galore_torch
 from .dct import DCTAdamW
 from .frugal import FRUGAL
 from .galore import GaLoreAdamW
@@ -31,6 +32,7 @@ __all__ = [
     "InBackward",
     "OwLore",
     "ParamGroups",
+    "from_galore_torch",
     "in_backward",
     "outlier_scores",
     "param_groups",

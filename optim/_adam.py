@@ -92,6 +92,8 @@ def check_storage(group: Group) -> None:
     if group["moment_dtype"] not in (None, *MOMENT_DTYPES):
         allowed = ", ".join(MOMENT_DTYPES)
         raise ValueError(f"moment_dtype must be None or one of {allowed}, got {group['moment_dtype']!r}")
+    if group["maximize"] not in (True, False):
+        raise ValueError(f"maximize must be True or False, got {group['maximize']!r}")
     if group["stochastic_rounding"] not in (None, True, False):
         raise ValueError(f"stochastic_rounding must be None, True or False, got {group['stochastic_rounding']!r}")
     if group["compensation"] not in (True, False):
@@ -213,10 +215,10 @@ def _adamw_(
     weight_decay: float,
     maximize: bool,
 ) -> None:
-    # On the parameter's device, and one less, since the kernel counts by itself.
-    before = [
-        torch.full((), age - 1, dtype=torch.float32, device=p.device) for p, age in zip(params, ages, strict=True)
-    ]
+    fused = params[0].device.type in FUSED_DEVICES
+    # One less, since the kernel counts by itself; on the device for it, and where Python reads it otherwise.
+    devices = [p.device if fused else torch.device("cpu") for p in params]
+    before = [torch.full((), age - 1, dtype=torch.float32, device=d) for age, d in zip(ages, devices, strict=True)]
     adamw(
         params,
         grads,
@@ -224,7 +226,7 @@ def _adamw_(
         exp_avg_sqs,
         [],
         before,
-        fused=params[0].device.type in FUSED_DEVICES,
+        fused=fused,
         foreach=False,
         amsgrad=False,
         beta1=beta1,

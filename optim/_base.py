@@ -1,6 +1,7 @@
 """What every optimizer here shares with torch.optim, and what torch.optim lacks: strict groups, states that keep their
 dtypes, and checkpoints that are loaded whole or refused whole."""
 
+import inspect
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +16,8 @@ from torch.optim.optimizer import ParamsT
 
 from slimstate.ops import Key, counter_key
 from slimstate.projections._numbers import Number
+
+from ._loading import check_layout, check_plain, misfit, other_entries, read_step, read_stream, read_tensor, regrouped
 
 __all__ = ["Entry", "Group", "Optimizer", "Spec", "State", "refuse"]
 
@@ -45,6 +48,10 @@ TORCH_KEYWORDS: dict[str, tuple[tuple[bool | None, ...], str]] = {
     "capturable": ((False,), "the step counter stays on the CPU; leave it False"),
     "differentiable": ((False,), "steps are not recorded by autograd; leave it False"),
 }
+
+# What torch.optim's groups say beside: of these `amsgrad` and the last, which tells AdamW from Adam, matter to a state.
+DECOUPLED = "decoupled_weight_decay"
+TORCHS = TORCH_KEYWORDS.keys() | {DECOUPLED}
 
 
 def refuse(name: str, keywords: dict[str, Any]) -> None:
@@ -136,9 +143,14 @@ class Optimizer(torch.optim.Optimizer):
         already counts this step. Compiled by torch.compile: a function of tensors."""
         raise NotImplementedError
 
+    def _check_group(self, group: Group) -> None:
+        if group["nonfinite"] not in NONFINITE:
+            raise ValueError(f"nonfinite must be one of {', '.join(NONFINITE)}, got {group['nonfinite']!r}")
+        self._check(group)
+
     def add_param_group(self, param_group: Group) -> None:
-        """As torch's, but an unknown key, a value out of range or a parameter that is not real floating point, or is
-        sharded, raises before anything is changed, and the caller's dict is left as it is."""
+        """As torch's, but an unknown key, a value out of range or a parameter that is not dense and real floating
+        point, or is sharded, raises before anything is changed, and the caller's dict is left as it is."""
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         unknown = sorted(param_group.keys() - self.defaults.keys() - BOOKKEEPING)
@@ -150,13 +162,12 @@ class Optimizer(torch.optim.Optimizer):
             group["params"] = list(group["params"])
             for p in group["params"]:
                 p = p[1] if isinstance(p, tuple) else p
-                if isinstance(p, Tensor) and not p.is_floating_point():
-                    raise ValueError(f"{type(self).__name__} takes real floating-point parameters, got {p.dtype}")
+                if isinstance(p, Tensor) and not (p.is_floating_point() and p.layout == torch.strided):
+                    found = p.dtype if p.layout == torch.strided else p.layout
+                    raise ValueError(f"{type(self).__name__} takes dense real floating-point parameters, got {found}")
                 if hasattr(p, "placements"):
                     raise NotImplementedError(f"{type(self).__name__} does not take sharded parameters (DTensor) yet")
-        if group["nonfinite"] not in NONFINITE:
-            raise ValueError(f"nonfinite must be one of {', '.join(NONFINITE)}, got {group['nonfinite']!r}")
-        self._check(group)
+        self._check_group(group)
         super().add_param_group(group | {"nonfinite_steps": 0})
 
     @overload
@@ -176,7 +187,8 @@ class Optimizer(torch.optim.Optimizer):
             What the closure returned, else None.
 
         Raises:
-            RuntimeError: for a sparse or complex gradient, before anything is changed.
+            RuntimeError: for a sparse or complex gradient, or a parameter on the meta device, before anything is
+                changed.
             FloatingPointError: for a gradient that is not finite, in a group with nonfinite="raise"; nothing but the
                 group's count of them is changed.
         """
@@ -224,6 +236,11 @@ class Optimizer(torch.optim.Optimizer):
             if p.grad is not None and (p.grad.is_complex() or p.grad.layout != torch.strided):
                 kind = "complex" if p.grad.is_complex() else "sparse"
                 raise RuntimeError(f"{type(self).__name__} takes dense real gradients, got a {kind} one for {name}")
+            if p.grad is not None and p.is_meta:
+                raise RuntimeError(
+                    f"parameter {name} is on the meta device and has no data: materialise the model (`to_empty`, then "
+                    "its weights), and put its new parameters into the optimizer's groups"
+                )
 
     def _skips(self) -> bool:
         """Whether a gradient that is not finite stops this step, by the policies of the groups; counts those."""
@@ -280,31 +297,39 @@ class Optimizer(torch.optim.Optimizer):
                 self.state[p] = {"stream": counter_key(state["stream"])}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but tensors keep their dtypes and are copied, and what does not fit is refused whole.
+        """As torch's, but parameters are matched by name, tensors keep their dtypes and are copied, and what does not
+        fit is refused whole.
 
-        torch casts every tensor except `step` to its parameter's dtype, which ruins the float32 moments of bfloat16
-        weights; and it looks at no shape.
+        torch goes by position alone, looks at no shape, and casts every tensor except `step` to its parameter's dtype,
+        which ruins the float32 moments of bfloat16 weights.
+
+        Where the checkpoint and this optimizer both have the names of their parameters (`param_names`, compared as they
+        are without DistributedDataParallel and torch.compile), every parameter gets its own state and hyperparameters,
+        whatever the order and the division into groups; else parameters are taken in order. Hyperparameters are the
+        checkpoint's, as in torch; those that it lacks, for it is older or torch.optim.AdamW's, stay as they are here.
+        Keys of groups that are nobody's hyperparameters are kept, as schedulers need.
 
         Raises:
-            ValueError: if a state does not belong to its parameter; names the parameter and what differs.
+            ValueError: if anything does not belong, before anything is changed: a parameter that is missing or left
+                over, groups that differ and would become one, a hyperparameter that is out of range or of another
+                optimizer, a tensor of another shape, indices or codes of another dtype or out of range, an entry that
+                is missing or unknown. Names it and says what is wrong.
+            TypeError: if `state_dict` is not a dict.
         """
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
         kept: dict[Tensor, State] = {}
 
-        def keep(_: torch.optim.Optimizer, final: dict[str, Any]) -> dict[str, Any]:
-            groups = final["param_groups"]
-            if len(groups) == len(self.param_groups):  # what an older checkpoint lacks stays as it is
-                own = [{key: group[key] for key in self.defaults} for group in self.param_groups]
-                groups = [mine | saved for mine, saved in zip(own, groups, strict=True)]
-            final = final | {"param_groups": groups}
-            kept.update(self._matched(final))
-            return final
+        def read(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            states, accepted = self._accepted(given)
+            kept.update(states)
+            return accepted
 
         def restore(_: torch.optim.Optimizer) -> None:
-            for p, state in kept.items():
-                self.state[p].update(state)
+            self.state.update(kept)
 
         # After the users' own pre-hooks, to see what they made of the dict, and before their post-hooks.
-        before = self.register_load_state_dict_pre_hook(keep)
+        before = self.register_load_state_dict_pre_hook(read)
         after = self.register_load_state_dict_post_hook(restore, prepend=True)
         try:
             super().load_state_dict(state_dict)
@@ -312,35 +337,70 @@ class Optimizer(torch.optim.Optimizer):
             before.remove()
             after.remove()
 
-    def _matched(self, state_dict: dict[str, Any]) -> dict[Tensor, State]:
-        """Parameter -> copies of its saved tensors, on the devices where they belong."""
-        saved_groups = state_dict["param_groups"]
-        if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in self.param_groups]:
-            return {}  # torch raises for these
-        matched = {}
-        saved = chain.from_iterable(((key, group) for key in group["params"]) for group in saved_groups)
-        for (name, p, _), (key, group) in zip(self._named(), saved, strict=True):
-            state = state_dict["state"].get(key)
-            if not state or state.keys() == {"stream"}:
-                continue
-            if "step" not in state:
-                raise ValueError(f"the checkpoint does not fit this model: parameter {name} has no 'step'")
-            missing = self._passing(p, group) - state.keys()
-            for entry, (shape, _) in self._spec(p, group).items():
-                if entry in missing:
-                    continue
-                found = tuple(state[entry].shape) if isinstance(state.get(entry), Tensor) else "none"
-                if found != shape:
-                    raise ValueError(
-                        f"the checkpoint does not fit this model: {entry!r} of parameter {name} must have shape "
-                        f"{shape}, found {found}"
-                    )
-            matched[p] = {
-                entry: value.detach().to(_home(entry, p), copy=True)
-                for entry, value in state.items()
-                if isinstance(value, Tensor)
-            }
-        return matched
+    def _accepted(self, state_dict: dict[str, Any]) -> tuple[dict[Tensor, State], dict[str, Any]]:
+        """Copies of the parameters' states, and the rest of the state dict in this optimizer's order."""
+        check_layout(state_dict)
+        groups = regrouped(state_dict["param_groups"], self.param_groups)
+        groups = [self._accepted_group(*pair) for pair in zip(self.param_groups, groups, strict=True)]
+        states: dict[Tensor, State] = {}
+        owners: dict[int | str, Tensor] = {}
+        keys = chain.from_iterable(((key, group) for key in group["params"]) for group in groups)
+        for position, ((name, p, _), (key, group)) in enumerate(zip(self._named(), keys, strict=True)):
+            if owners.setdefault(key, p) is not p:
+                raise misfit(f"its groups list parameter {key!r} twice")
+            if state := self._accepted_state(name, p, group, state_dict["state"].get(key, {})):
+                state.setdefault("stream", key if isinstance(key, int) else position)
+                states[p] = state
+        return states, {"state": other_entries(state_dict["state"], owners), "param_groups": groups}
+
+    def _accepted_group(self, own: Group, saved: Group) -> Group:
+        """The saved hyperparameters, checked, over this optimizer's own."""
+        group = {key: value for key, value in own.items() if key in self.defaults.keys() | BOOKKEEPING} | saved
+        torchs = {key: group.pop(key) for key in TORCHS - self.defaults.keys() if key in group}
+        try:
+            for key in group.keys() - self.defaults.keys() - BOOKKEEPING:
+                if kind := _optimizer_with(key):
+                    raise ValueError(f"{key} is a hyperparameter of {kind}, not of {type(self).__name__}")
+            for key, value in (torchs | {key: group[key] for key in self.defaults}).items():
+                check_plain(key, value)
+            self._check_group(group)
+            if not torchs.pop(DECOUPLED, True) and group["weight_decay"]:
+                raise ValueError("its weight decay is not decoupled, like torch.optim.Adam's; here it always is")
+            refuse(type(self).__name__, {key: value for key, value in torchs.items() if key == "amsgrad"})
+        except (ValueError, TypeError, OverflowError) as error:
+            raise misfit(str(error)) from error
+        return group
+
+    def _accepted_state(self, name: str, p: Tensor, group: Group, state: State) -> State:
+        """A checked copy of a parameter's saved state, in the dtypes and on the devices that it has here."""
+        if not isinstance(state, dict):
+            raise misfit(f"the state of parameter {name} must be a dict, found a {type(state).__name__}")
+        # torch's unflattening makes empty dicts of what was not saved.
+        state = {key: value for key, value in state.items() if not (isinstance(value, dict) and not value)}
+        stream = {"stream": read_stream(state["stream"], name)} if "stream" in state else {}
+        if state.keys() <= {"stream"}:  # forgotten
+            return stream
+        if "step" not in state:
+            raise misfit(f"the state of parameter {name} has no 'step'")
+        accepted: State = {"step": read_step(state["step"], name), **stream}
+        spec, passing = self._spec(p, group), self._passing(p, group)
+        if unknown := state.keys() - spec.keys() - {"step", "stream"}:
+            raise misfit(
+                f"the state of parameter {name} has an entry {min(map(str, unknown))!r}, which is unknown here"
+            )
+        absent = frozenset() if passing & state.keys() else passing
+        for entry, (shape, dtype) in spec.items():
+            if entry not in absent:
+                accepted[entry] = read_tensor(entry, state.get(entry), shape, dtype, _home(entry, p), name)
+        self._check_state(name, p, group, accepted)
+        return accepted
+
+    def _check_state(self, name: str, p: Tensor, group: Group, state: State) -> None:
+        """Checks what shapes and dtypes do not say about a state that is to be loaded.
+
+        Raises:
+            ValueError: names the parameter, and says what is wrong.
+        """
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fills in what the state of an older checkpoint lacks."""
@@ -351,6 +411,16 @@ class Optimizer(torch.optim.Optimizer):
                 entry.setdefault("stream", position)
                 if "step" in entry and not isinstance(entry["step"], Tensor):
                     entry["step"] = torch.tensor(float(entry["step"]), dtype=torch.float32)
+
+
+def _optimizer_with(key: str) -> str | None:
+    """The name of an optimizer of this package that has this hyperparameter."""
+    kinds = [Optimizer]
+    for kind in kinds:
+        if key in inspect.signature(kind).parameters.keys() - {"params", "defaults"}:
+            return kind.__name__
+        kinds.extend(kind.__subclasses__())
+    return None
 
 
 def _home(key: str, p: Tensor) -> torch.device:

@@ -15,12 +15,13 @@ from torch.optim.optimizer import ParamsT
 
 from slimstate.ops import Key
 from slimstate.projections import SVD, MatrixView, PowerIteration, Projection, RandomOrthogonal
-from slimstate.projections._base import check_rank, compute_dtype
+from slimstate.projections._base import IndexProjection, check_rank, compute_dtype
 from slimstate.projections._blocks import largest_magnitude
 from slimstate.projections._matrix import SIDES
 
 from ._adam import adamw_step_, check_adam, is_number, moments_spec, store_, weight_spec
-from ._base import Entry, Group, Optimizer, Spec
+from ._base import Entry, Group, Optimizer, Spec, State
+from ._loading import misfit
 from .groups import shape_text, table
 
 if TYPE_CHECKING:
@@ -308,6 +309,20 @@ class ProjectedOptimizer(Optimizer):
         super().load_state_dict(state_dict)
         if self._in_backward is not None:
             self._in_backward.drop()
+
+    def _check_state(self, name: str, p: Tensor, group: Group, state: State) -> None:
+        super()._check_state(name, p, group, state)
+        if not self._is_projected(p, group):
+            return
+        if not state["step"]:  # a basis may be there, see `in_backward`
+            for key in self._moments_spec(p, group, tuple(p.shape)):
+                if state[key].any():
+                    raise misfit(f"{key!r} of parameter {name} is not zero, which cannot be at its 'step' 0")
+        if (index := state.get(IndexProjection.key)) is None:
+            return
+        d, fitted = self._view(p, group).d, state["refreshes"].to(index.device) > 0
+        if (index >= d).any() or ((index.diff() <= 0).any(-1) & fitted).any():
+            raise misfit(f"'index' of parameter {name} must be sorted, without repetitions and below {d}")
 
     # Steps.
 

@@ -225,7 +225,7 @@ class GaLoreAdafactor(ProjectedOptimizer):
             u = torch.mul(r, a, out=squares).mul_(b)
             eta = step_size(x, x.view, group)
             length = torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=True)
-            u.mul_(eta / excess(length, u.shape[-2] * u.shape[-1], group))
+            u.mul_(eta * clipping(length, u.shape[-2] * u.shape[-1], group))
             if group["beta1"] is not None:
                 u = average_(state["exp_avg"], u, group["beta1"], x.key(EXP_AVG))
             decay: Number = 1.0
@@ -281,7 +281,7 @@ class GaLoreAdafactor(ProjectedOptimizer):
             column_means = column_sums.div_(view.rows)
             a, b = inverse_roots_(row[j], column[j], row_means, column_means, x.step, group)
             length = joint_length(gradient(j, s).mul(a[s]).mul_(b) for s in blocks(grads[j], 0, dtype.itemsize))
-            left.append(a.mul_(etas[j] / excess(length, grads[j].numel(), group)))
+            left.append(a.mul_(etas[j] * clipping(length, grads[j].numel(), group)))
             right.append(b)
 
         exp_avgs = None if group["beta1"] is None else view.members(state["exp_avg"].view(view.shape))
@@ -379,9 +379,9 @@ def joint_length(parts: Iterable[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(x) for x in parts]))
 
 
-def excess(length: Tensor, entries: int, group: Group) -> Tensor:
-    """How many times the RMS of something of this length is above the threshold; 1 where it is below."""
-    return (length / (math.sqrt(entries) * group["clip_threshold"])).clamp_(min=1)
+def clipping(length: Tensor, entries: int, group: Group) -> Tensor:
+    """The factor that brings the RMS of something of this length to the threshold; 1 where it is below."""
+    return (length / (math.sqrt(entries) * group["clip_threshold"])).clamp_(min=1).reciprocal_()
 
 
 def average_(exp_avg: Tensor, u: Tensor, beta1: float, key: Key, offset: int = 0) -> Tensor:

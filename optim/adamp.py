@@ -384,14 +384,19 @@ class SGDP(TangentOptimizer):
             raise ValueError("nesterov=True needs momentum > 0 and dampening = 0")
 
     def _spec(self, p: Tensor, group: Group) -> Spec:
-        moment: Spec = {"momentum_buffer": (tuple(p.shape), moment_dtype(p, group))} if group["momentum"] else {}
+        moment: Spec = {"momentum_buffer": (tuple(p.shape), moment_dtype(p, group))}
         return moment | weight_spec(p, group)
 
+    def _passing(self, p: Tensor, group: Group) -> frozenset[str]:
+        return frozenset({"momentum_buffer"})
+
     def _arranged(self, group: Group, entries: list[Entry]) -> list[Entry]:
-        for x in entries:
-            for key, (shape, dtype) in self._spec(x.p, group).items():
-                if key not in x.state:  # a scheduler has raised the momentum from zero
-                    x.state[key] = torch.zeros(shape, dtype=dtype, device=x.p.device)
+        for x in entries:  # a scheduler may have raised the momentum from zero, or brought it there
+            if not group["momentum"]:
+                x.state.pop("momentum_buffer", None)
+            elif "momentum_buffer" not in x.state:
+                shape, dtype = self._spec(x.p, group)["momentum_buffer"]
+                x.state["momentum_buffer"] = torch.zeros(shape, dtype=dtype, device=x.p.device)
         return entries
 
     def _decay(self, group: Group) -> Number:

@@ -189,6 +189,8 @@ class DCTAdamW(ProjectedOptimizer):
     def _refresh(self, matrix: Matrix, group: Group, projection: Projection, *, scheduled: bool) -> None:
         """Chooses J, if not in every step: then it is chosen where R is computed, from the same coefficients."""
         assert isinstance(projection, FixedDictionary)
+        if isinstance(matrix.step, Tensor):
+            projection.prepare(matrix.view.d, compute_dtype(matrix.p.dtype), matrix.p.device)
         refreshes = matrix.state["refreshes"].view(-1)
         for j, count in enumerate(refreshes.tolist()):
             index = matrix.member(matrix.state["index"], j)

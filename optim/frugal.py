@@ -21,7 +21,8 @@ from slimstate.projections._base import compute_dtype, rewrite_
 from slimstate.projections._numbers import addmm_
 
 from ._adam import check_adam, is_number, rounding, weight_spec
-from ._base import Entry, Group, Spec, refuse
+from ._base import Entry, Group, Spec, State, refuse
+from ._loading import misfit
 from ._projected import Arranged, Matrix, ProjectedOptimizer
 from ._rules import RULES, directions, rule_spec, whole_step_
 
@@ -291,6 +292,12 @@ class FRUGAL(ProjectedOptimizer):
             return frozenset(rule_spec(p, group, ()))
         return frozenset()
 
+    def _check_state(self, name: str, p: Tensor, group: Group, state: State) -> None:
+        super()._check_state(name, p, group, state)
+        passing = self._passing(p, group)
+        if passing and bool(state["age"]) != (passing <= state.keys()):
+            raise misfit(f"the state of parameter {name} has age {int(state['age'])} and no moments, or the reverse")
+
     # Steps.
 
     def _arranged(self, group: Group, entries: list[Entry]) -> Arranged:
@@ -309,6 +316,7 @@ class FRUGAL(ProjectedOptimizer):
             if not self._has_turn(place, len(tensors), group, step):
                 for key in moments:
                     state.pop(key, None)
+                state["age"].zero_()
                 continue
             selecting = (step - 1) % group["update_proj_gap"] == 0 and self._count(group, len(tensors)) < len(tensors)
             if selecting or not moments.keys() <= state.keys():

@@ -18,6 +18,7 @@ from slimstate.projections._blocks import blocks
 
 from ._adam import is_number
 from ._base import Optimizer
+from ._loading import unwrapped
 from .groups import vocabulary_parameters
 
 __all__ = ["LISA", "LayerSampler", "OwLore", "outlier_scores"]
@@ -224,7 +225,7 @@ class LayerSampler:
             "active": self.active,
             "interval": self.interval,
             "seed": self.seed,
-            "layers": [_unwrapped(name) for name in self._layers],
+            "layers": [unwrapped(name) for name in self._layers],
             "scores": list(self._scores),
         }
 
@@ -241,7 +242,7 @@ class LayerSampler:
         own = self.state_dict()
         if state_dict.keys() != own.keys():
             raise ValueError(f"a sampler's state has {', '.join(own)}, got {', '.join(map(str, state_dict))}")
-        theirs = [_unwrapped(name) for name in state_dict["layers"]]
+        theirs = [unwrapped(name) for name in state_dict["layers"]]
         if theirs != own["layers"]:
             differing = sorted(set(theirs) ^ set(own["layers"]))
             raise ValueError(
@@ -472,11 +473,6 @@ def _only_list(model: nn.Module) -> nn.ModuleList | nn.Sequential:
     if len(found) > 1:
         raise ValueError(f"the model has {len(found)} lists of like blocks ({', '.join(found)}): choose with layers=")
     return next(iter(found.values()))
-
-
-def _unwrapped(name: str) -> str:
-    """A name as it is without DistributedDataParallel and torch.compile around the model."""
-    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
 
 
 # ---------------------------------------------------------------------------------------------------- scores

@@ -93,6 +93,11 @@ class FixedDictionary(IndexProjection):
     def _rows(self, index: Tensor, d: int, dtype: torch.dtype) -> Tensor:
         """The rows `index` of Q^T."""
 
+    def prepare(self, d: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Makes what is shared for this size, which compiled code only finds."""
+        self._transform(torch.zeros(d, 1, dtype=dtype, device=device))
+        self._rows(torch.zeros(1, dtype=torch.int32, device=device), d, dtype)
+
     def transform(self, m: Tensor) -> Tensor:
         """S = Q^T M, all d x k coefficients, in float32 (float64 for float64); `fit` never holds them all."""
         out = torch.empty(m.shape, dtype=compute_dtype(m.dtype), device=m.device)

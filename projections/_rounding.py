@@ -69,4 +69,4 @@ def narrow_(w: Tensor, x: Tensor, how: Rounding, offset: int = 0) -> None:
 def _unit(w: Tensor, dtype: torch.dtype) -> Tensor:
     """2^-16 of the unit in the last place of float16 numbers."""
     exponent = torch.frexp(w.to(dtype)).exponent.sub_(1).clamp_(min=LEAST_EXPONENT)
-    return torch.ldexp(torch.ones((), dtype=dtype, device=w.device), exponent - FRACTION_BITS - 16)
+    return torch.ldexp(torch.ones_like(w, dtype=dtype), exponent - FRACTION_BITS - 16)

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, wraps
-from typing import Any, Literal
+from functools import wraps
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -95,16 +95,20 @@ class DCT(FixedDictionary):
         return self.matrix(d, dtype, index.device).mT.index_select(0, index)
 
 
-def _shared(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Makes each tensor once; a constant in compiled code."""
-    cached = lru_cache(maxsize=64)(make)
+_SHARED: dict[tuple[object, ...], Tensor] = {}
 
-    @torch.compiler.assume_constant_result
+
+def _shared(make: Callable[[int, torch.dtype, torch.device], Tensor]) -> Callable[..., Tensor]:
+    """Makes each tensor once. A dict, which compiled code takes tensors from, as it does not from functools.cache."""
+
     @wraps(make)
-    def constant(*args: Any) -> Tensor:
-        return cached(*args)
+    def find(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        key = (make.__name__, d, dtype, device)
+        if key not in _SHARED:
+            _SHARED[key] = make(d, dtype, device)
+        return _SHARED[key]
 
-    return constant
+    return find
 
 
 def _analysis_rows(index: Tensor, d: int, dtype: torch.dtype, kind: int) -> Tensor:

@@ -6,6 +6,8 @@ import torch
 
 from slimstate import ops
 
+pytest_plugins = ["contract_table"]
+
 torch.set_num_threads(1)  # most matrices here are small: waking a second thread costs more than it saves
 
 hypothesis.settings.register_profile("default", max_examples=20, derandomize=True, deadline=None)
@@ -27,4 +29,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:  # torch.manual_seed notes down where it was called from, for every kind of device there might be: slow
+        torch.default_generator.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests want to be read although they pass."""
+    for report in terminalreporter.getreports("passed"):
+        for name, text in report.user_properties:
+            if name == "summary":
+                terminalreporter.write_line(text)

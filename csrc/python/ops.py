@@ -9,7 +9,7 @@ either: ``torch.compile`` then traces the reference and fuses it, which an opaqu
 """
 
 import warnings
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -90,7 +90,7 @@ def stochastic_round_(out: Tensor, x: Tensor, key: Key, offset: int = 0) -> None
     Args:
         out: bfloat16 or float16, overwritten.
         x: float32, of the same shape and device.
-        key: any int64, such as :func:`counter_key` returns, or a 0-d tensor of one, so that compiled code does not
+        key: any int64, such as :func:`counter_key` returns, or a 0-d CPU tensor of one, so that compiled code does not
             depend on its value. One key per tensor and step.
         offset: index of the first element within the whole tensor, at least 0.
 
@@ -109,9 +109,12 @@ def stochastic_round_(out: Tensor, x: Tensor, key: Key, offset: int = 0) -> None
     if offset < 0:
         raise ValueError(f"offset must be >= 0, got {offset}")
 
+    if isinstance(key, Tensor):
+        torch.ops.slimstate.stochastic_round_keyed_(out, x, key, offset)
+        return
     target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     source = x.contiguous()
-    if out.device.type in DEVICES and not isinstance(key, Tensor):
+    if out.device.type in DEVICES:
         torch.ops.slimstate.stochastic_round_(target, source, key, offset)
         torch.autograd.graph.increment_version(target)  # so that a backward that saved it raises
     else:
@@ -120,13 +123,19 @@ def stochastic_round_(out: Tensor, x: Tensor, key: Key, offset: int = 0) -> None
         out.copy_(target)
 
 
-def stochastic_round_reference_(out: Tensor, x: Tensor, key: Key, offset: int = 0) -> None:
+@torch.library.custom_op("slimstate::stochastic_round_keyed_", mutates_args=("out",))
+def _(out: Tensor, x: Tensor, key: Tensor, offset: int) -> None:
+    """One node of a compiled graph, whatever the key; traced, the reference would be a hundred for every tensor."""
+    stochastic_round_(out, x, int(key), offset)
+
+
+def stochastic_round_reference_(out: Tensor, x: Tensor, key: int, offset: int = 0) -> None:
     """What the op ``stochastic_round_`` computes, in PyTorch; see :func:`stochastic_round_`.
 
     ``out`` and ``x`` must be contiguous.
     """
-    low: Any = key & _WORD
-    high: Any = ((key >> 32) & _WORD) ^ _mix32(low)
+    low = key & _WORD
+    high = ((key >> 32) & _WORD) ^ _mix32(low)
     low = low ^ _mix32(high)
     round_bits = _bfloat16_bits if out.dtype == torch.bfloat16 else _float16_bits
 

@@ -155,6 +155,27 @@ def test_interrupted_run_goes_on_bit_for_bit(
     assert_same_weights(tmp_path / "broken" / name, tmp_path / "whole" / name)
 
 
+@pytest.mark.slow
+def test_a_killed_run_goes_on_from_its_last_checkpoint_bit_for_bit(
+    pretrain: Pretrain, tmp_path: Path, text: Path
+) -> None:
+    options = [*MICRO, "--data", str(text), "--steps", "60", "--optimizer", "galore", "--update-proj-gap", "7"]
+    process = start(tmp_path, *options, "--out", "broken", "--save-every", "1")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "broken" / "galore" / "checkpoint.pt").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    code, said = pretrain(tmp_path, *options, "--out", "broken")
+    assert code == 0, said
+    assert "goes on at step" in said
+    code, said = pretrain(tmp_path, *options, "--out", "whole")
+    assert code == 0, said
+    assert_same_weights(tmp_path / "broken" / "galore", tmp_path / "whole" / "galore")
+
+
 def test_every_optimizer_goes_by_its_name(pretrain: Pretrain, tmp_path: Path, text: Path) -> None:
     names = [name for name in importlib.import_module("optimizers").RECIPES if name != "galore-torch"]
     code, said = pretrain(tmp_path, *MICRO, "--data", text, "--steps", "3", "--compare", *names, "--out", "out")

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimstate.optim import SGDP, AdamP, AdamW, state_bytes
 from slimstate.projections import _blocks
+from training import gradients, parameter, run
 
 SHAPES = [(5, 9), (9, 5), (6, 6), (1, 7), (8, 1), (4, 3, 2, 2)]
 shapes = st.sampled_from(SHAPES)
@@ -442,6 +443,41 @@ def test_momentum_can_be_scheduled_from_zero():
         p.grad = both_views_off(p, 1)
         optimizer.step()
     assert optimizer.state[p]["momentum_buffer"].shape == (6, 8)
+
+
+@pytest.mark.parametrize(("first", "then"), [(0.0, 0.9), (0.9, 0.0)])
+@pytest.mark.parametrize("steps", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_a_checkpoint_loads_that_was_written_after_a_change_of_momentum(first, then, steps):
+    p = parameter((6, 8))
+    optimizer = SGDP([p], lr=0.1, momentum=first)
+    for momentum, count in zip((first, then), steps, strict=True):
+        optimizer.param_groups[0]["momentum"] = momentum
+        run(optimizer, [p], [[g] for g in gradients(p.shape, count)])
+    for momentum in (first, then):
+        q = torch.nn.Parameter(p.detach().clone())
+        resumed, original = SGDP([q], lr=0.1, momentum=momentum), copy.deepcopy((p, optimizer))
+        resumed.load_state_dict(optimizer.state_dict())
+        for o, x in ((resumed, q), original[::-1]):
+            run(o, [x], [[g] for g in gradients(p.shape, 2, seed=1)])
+        assert torch.equal(q, original[0])
+
+
+def test_momentum_that_was_turned_off_is_not_kept():
+    grads = gradients((6, 8), 4)
+    p, q = parameter((6, 8)), parameter((6, 8))
+    optimizer, without = (SGDP([x], lr=0.1, momentum=m) for x, m in ((p, 0.9), (q, 0.0)))
+    run(optimizer, [p], [[grads[0]]])
+    optimizer.param_groups[0]["momentum"] = 0.0
+    with torch.no_grad():
+        q.copy_(p)
+    run(optimizer, [p], [[grads[1]]])
+    run(without, [q], [[grads[1]]])
+    assert state_bytes(optimizer) == state_bytes(without)
+    for o in (optimizer, without):
+        o.param_groups[0]["momentum"] = 0.9
+    run(optimizer, [p], [[g] for g in grads[2:]])
+    run(without, [q], [[g] for g in grads[2:]])
+    assert torch.equal(p, q)
 
 
 def test_one_cycle_drives_sgdps_momentum():

@@ -186,3 +186,12 @@ def test_the_default_dtype_changes_nothing():
             assert torch.equal(trajectory(), expected), dtype
         finally:
             torch.set_default_dtype(torch.float32)
+
+
+def test_compensated_half_precision_steps_without_a_warning():
+    p = torch.nn.Parameter(torch.ones(3, dtype=torch.float16))
+    optimizer = AdamW([p], compensation=True)
+    for _ in range(2):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert (p < 1).all()

@@ -50,6 +50,8 @@ ROWS = {
     "FRUGAL, entries, sgdm": (FRUGAL, {"outer": "none", "projection": "entries", "inner": "sgdm"}),
     "FRUGAL, svd": (FRUGAL, {"outer": "none", "projection": "svd"}),
 }
+KINDS = sorted({kind.__name__ for kind, _ in ROWS.values()})
+contract = pytest.mark.contract
 every = pytest.mark.parametrize("name", ROWS)
 few = pytest.mark.parametrize("name", ["GaLoreAdamW, svd, rotate", "GradNormLoRP, svd", "DCTAdamW", "FRUGAL, columns"])
 
@@ -124,6 +126,7 @@ def assert_same(model, optimizer, other, resumed):
 # The mode changes nothing.
 
 
+@contract("per-layer mode: as the ordinary one to the bit, or refused with the reason", *KINDS)
 @every
 @pytest.mark.parametrize(
     ("dtype", "early"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)], ids=str
@@ -432,6 +435,7 @@ def matrix(dtype=torch.float32):
     return torch.nn.Parameter(torch.randn(16, 24).to(dtype))
 
 
+@contract("per-layer mode: as the ordinary one to the bit, or refused with the reason", "AdamW", "AdamP", "SGDP")
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
@@ -814,6 +818,19 @@ def test_the_norm_of_several_dtypes_is_one():
         p.grad = torch.full_like(p, 2)
     optimizer.step()
     assert mode.total_norm.item() == pytest.approx(2 * 144**0.5, rel=1e-6)
+
+
+def test_a_checkpoint_from_before_the_first_step_loads():
+    """Bases are there, and moments are not."""
+    (model, other), (optimizer, resumed) = pair("GaLoreAdamW, svd, rotate")
+    in_backward(optimizer, early_bases=True)
+    backward(model, 0)
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.zero_grad()
+    resumed.load_state_dict(saved)
+    for m, o in ((model, optimizer), (other, resumed)):
+        train(m, o, 1, 5)
+    assert_same(model, optimizer, other, resumed)
 
 
 def test_distributed_checkpoints_make_and_load_states_of_a_fresh_optimizer():

@@ -1,177 +1,53 @@
-"""What every optimizer here promises to code written for torch.optim; a new optimizer is a row of CASES."""
+"""What every optimizer here promises to code written for torch.optim: the checks of docs/contract.md.
+
+A new optimizer is a row of CASES in cases.py. A test names its row of the table by `@contract`; see contract_table.py.
+"""
 
 import copy
+import inspect
 import io
+import json
 import math
 import pickle
 import warnings
 
 import pytest
 import torch
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
+from torch.optim import lr_scheduler as schedulers
+from torch.optim import swa_utils
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from cases import (
+    CASES,
+    DRAWN,
+    FEW,
+    TORCHS,
+    assert_equal,
+    assert_same_continuation,
+    backward,
+    build,
+    contract,
+    every,
+    few,
+    loss_of,
+    model,
+    moments_of,
+    share,
+    train,
+    weights,
+    weights_of,
 )
+from slimstate.optim import SGDP, GaLoreAdafactor, state_bytes
+from training import gradients, parameter, run
 
-from slimstate.optim import (
-    FRUGAL,
-    SGDP,
-    AdamP,
-    AdamW,
-    DCTAdamW,
-    GaLoreAdafactor,
-    GaLoreAdamW,
-    GradNormLoRP,
-    state_bytes,
-)
-
-# name -> (class, settings for matrices, settings for every parameter)
-CASES = {
-    "AdamW": (AdamW, {}, {}),
-    "AdamW, bfloat16 moments": (AdamW, {}, {"moment_dtype": "bfloat16"}),
-    "AdamP": (AdamP, {}, {}),
-    "AdamP, nesterov, bfloat16 moments": (AdamP, {}, {"nesterov": True, "moment_dtype": "bfloat16"}),
-    "SGDP": (SGDP, {}, {"momentum": 0.9, "nesterov": True}),
-    "FRUGAL, columns": (FRUGAL, {"density": 0.3, "update_proj_gap": 2}, {}),
-    "FRUGAL, runs of rows": (
-        FRUGAL,
-        {"density": 0.3, "update_proj_gap": 2, "projection": "rows", "contiguous": True},
-        {},
-    ),
-    "FRUGAL, entries, lion, none": (
-        FRUGAL,
-        {"density": 0.3, "update_proj_gap": 2, "projection": "entries"},
-        {"inner": "lion", "outer": "none"},
-    ),
-    "FRUGAL, svd, sgdm, sgd": (
-        FRUGAL,
-        {"rank": 3, "update_proj_gap": 2, "projection": "svd"},
-        {"inner": "sgdm", "outer": "sgd"},
-    ),
-    "FRUGAL, random, bfloat16 moments": (
-        FRUGAL,
-        {"rank": 3, "update_proj_gap": 2, "projection": "random"},
-        {"moment_dtype": "bfloat16"},
-    ),
-    "FRUGAL, blocks": (FRUGAL, {"density": 0.5, "update_proj_gap": 2, "projection": "blocks"}, {}),
-    "FRUGAL, density 0": (FRUGAL, {"density": 0.0}, {"inner": "lion"}),
-} | {
-    f"GaLoreAdamW, {projection}, {transport}": (
-        GaLoreAdamW,
-        {"rank": 3, "update_proj_gap": 2, "projection": projection, "transport": transport},
-        {},
-    )
-    for projection in ("svd", "power", "random")
-    for transport in ("rotate", "keep", "reset")
-}
-ADAFACTOR = {"rank": 3, "update_proj_gap": 2}
-CASES |= {
-    "GaLoreAdafactor": (GaLoreAdafactor, ADAFACTOR, {"scale_parameter": False}),
-    "GaLoreAdafactor, beta1": (GaLoreAdafactor, ADAFACTOR, {"scale_parameter": False, "beta1": 0.9}),
-    "GaLoreAdafactor, relative step, reset": (
-        GaLoreAdafactor,
-        ADAFACTOR | {"scale": 20.0, "transport": "reset"},
-        {"lr": None, "beta1": 0.5},
-    ),
-}
-CASES |= {
-    name.replace("GaLoreAdamW", "GradNormLoRP"): (GradNormLoRP, *CASES[name][1:])
-    for name in ("GaLoreAdamW, svd, rotate", "GaLoreAdamW, power, keep", "GaLoreAdamW, random, reset")
-}
-CASES |= {
-    f"DCTAdamW, {name}": (DCTAdamW, {"rank": 3, **settings}, {})
-    for name, settings in {
-        "every step": {},
-        "every third": {"update_proj_gap": 3},
-        "keep": {"update_proj_gap": 2, "transport": "keep", "norm": 2},
-        "hadamard, errors": {"projection": "hadamard", "error_feedback": "param"},
-        "8-bit errors": {"error_feedback": "8bit", "update_proj_gap": 2},
-        "4-bit errors": {"error_feedback": "4bit"},
-    }.items()
-}
-FEW = ["AdamW", "AdamP", "GaLoreAdamW, svd, rotate", "GaLoreAdamW, power, keep", "GaLoreAdamW, random, reset"]
-FEW += ["GradNormLoRP, svd, rotate", "DCTAdamW, 8-bit errors"]
-every = pytest.mark.parametrize("name", CASES)
-few = pytest.mark.parametrize("name", FEW)
-
-# What shares its defaults with something else than torch.optim.AdamW.
-TORCHS = {AdamP: torch.optim.Adam, SGDP: torch.optim.SGD}
-# What is drawn for a parameter by its name, where it has one.
-DRAWN = ("power", "random", "columns", "rows", "entries")
-
-
-def moments_of(state):
-    return [key for key in state if key.startswith(("exp_avg", "momentum_buffer"))]
-
-
-def model(dtype=torch.float32, seed=0):
-    """A convolution, a norm and two matrices: 4, 1, 2 and 1 axes."""
-    torch.manual_seed(seed)
-    return torch.nn.Sequential(
-        torch.nn.Conv2d(3, 8, 3),
-        torch.nn.GroupNorm(2, 8),
-        torch.nn.Flatten(),
-        torch.nn.Linear(32, 20),
-        torch.nn.Tanh(),
-        torch.nn.Linear(20, 30),
-    ).to(dtype)
-
-
-def build(name, params, **settings):
-    kind, matrices, common = CASES[name]
-    return kind(params, **{"lr": 0.02, **matrices, **common, **settings})
-
-
-def backward(net, i):
-    """The loss of batch number i; its gradients are in place."""
-    dtype = next(net.parameters()).dtype
-    generator = torch.Generator().manual_seed(i)
-    x = torch.randn(4, 3, 4, 4, generator=generator).to(dtype)
-    y = torch.randn(4, 30, generator=generator).to(dtype)
-    net.zero_grad()
-    loss = torch.nn.functional.mse_loss(net(x), y)
-    loss.backward()
-    return loss
-
-
-def train(net, optimizer, start, stop):
-    for i in range(start, stop):
-        backward(net, i)
-        optimizer.step()
-
-
-def weights(net):
-    return [p.detach().clone() for p in net.parameters()]
-
-
-def assert_equal(a, b):
-    """The same types, dtypes and bits, whatever the nesting."""
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_equal(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_equal(x, y)
-    else:
-        assert a == b
-
-
-def assert_same_continuation(net, optimizer, other, resumed, start, steps=5):
-    train(net, optimizer, start, start + steps)
-    train(other, resumed, start, start + steps)
-    assert_equal(weights(net), weights(other))
-
+# What gives each matrix of a stack what it would get alone: nothing is drawn for each, or decided for all.
+TOGETHER = ("AdamP", "SGDP", "blocks", "errors", *DRAWN)
+ALONE = [name for name in CASES if not any(word in name for word in TOGETHER)]
 
 # Construction.
 
 
+@contract("tensors, named tensors, groups and generators of them")
 @every
 def test_accepts_tensors_names_groups_and_generators(name):
     results = []
@@ -194,25 +70,15 @@ def test_accepts_tensors_names_groups_and_generators(name):
             assert_equal(results[0], result)
 
 
+@contract("tensors, named tensors, groups and generators of them")
 @every
 def test_names_stay_in_groups_and_checkpoints(name):
     net = model()
-    optimizer = build(name, net.named_parameters())
+    optimizer = build(name, [{"params": net.named_parameters(), "name": "all"}])
     names = [key for key, _ in net.named_parameters()]
-    assert optimizer.param_groups[0]["param_names"] == names
-    assert optimizer.state_dict()["param_groups"][0]["param_names"] == names
-
-
-@every
-@pytest.mark.parametrize("named", [(False, True), (True, False)])
-def test_checkpoints_with_and_without_names_fit_each_other(name, named):
-    nets = model(), model(seed=0)
-    a, b = (build(name, n.named_parameters() if w else n.parameters()) for n, w in zip(nets, named, strict=True))
-    train(nets[0], a, 0, 3)
-    b.load_state_dict(a.state_dict())
-    nets[1].load_state_dict(nets[0].state_dict())
-    assert b.param_groups[0]["param_names"] == [key for key, _ in nets[1].named_parameters()]
-    assert_same_continuation(nets[0], a, nets[1], b, 3)  # what is random goes by the stream in the state
+    for group in (optimizer.param_groups[0], optimizer.state_dict()["param_groups"][0]):
+        assert group["param_names"] == names
+        assert group["name"] == "all"
 
 
 # what is wrong, the error's type, what it says
@@ -227,6 +93,7 @@ MISTAKES = [
 ]
 
 
+@contract("what torch refuses to construct from is refused with torch's errors")
 @few
 @pytest.mark.parametrize(("what", "arguments", "error", "message"), MISTAKES, ids=[m[0] for m in MISTAKES])
 def test_refuses_what_torch_refuses(name, what, arguments, error, message):
@@ -236,6 +103,7 @@ def test_refuses_what_torch_refuses(name, what, arguments, error, message):
         kind(*arguments(p), **common)
 
 
+@contract("what torch refuses to construct from is refused with torch's errors")
 @few
 def test_warns_of_a_parameter_that_is_twice_in_a_group(name):
     p = torch.nn.Parameter(torch.randn(9, 12))
@@ -243,6 +111,8 @@ def test_warns_of_a_parameter_that_is_twice_in_a_group(name):
         build(name, [p, p])
 
 
+# Keywords of torch.optim.AdamW's that a class does not have, as torch.optim.SGD, or has another meaning for.
+ELSEWHERE = {SGDP: {"betas"}, GaLoreAdafactor: {"betas", "eps"}}
 VALUES = [
     ({"lr": -1.0}, "lr must be a number >= 0"),
     ({"lr": math.nan}, "lr must be a number >= 0"),
@@ -250,6 +120,7 @@ VALUES = [
     ({"lr": torch.tensor([0.1, 0.2])}, "Tensor lr must be 1-element"),
     ({"betas": (1.0, 0.9)}, r"betas must be two numbers in \[0, 1\)"),
     ({"betas": (0.9, -0.1)}, r"betas must be two numbers in \[0, 1\)"),
+    ({"betas": (torch.tensor(0.9), 0.999)}, r"betas must be two numbers in \[0, 1\)"),
     ({"betas": 0.9}, r"betas must be two numbers in \[0, 1\)"),
     ({"betas": (0.9,)}, r"betas must be two numbers in \[0, 1\)"),
     ({"eps": -1e-8}, "eps must be a number >= 0"),
@@ -262,24 +133,106 @@ VALUES = [
 ]
 
 
-@few
-@pytest.mark.parametrize(("settings", "message"), VALUES, ids=[str(v[0]) for v in VALUES])
+@contract("values out of range and unknown keys are refused by name")
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [(name, *value) for name in FEW for value in VALUES if ELSEWHERE.get(CASES[name][0], set()).isdisjoint(value[0])],
+)
 def test_refuses_values_out_of_range(name, settings, message):
     with pytest.raises(ValueError, match=message):
         build(name, [torch.nn.Parameter(torch.randn(9, 12))], **settings)
 
 
+@contract("values out of range and unknown keys are refused by name")
 @few
 def test_refuses_unknown_keywords_and_keys(name):
     kind = CASES[name][0]
     p = torch.nn.Parameter(torch.randn(9, 12))
-    with pytest.raises(TypeError, match=f"{kind.__name__} got an unexpected keyword argument 'momentum'"):
-        build(name, [p], momentum=0.9)
+    with pytest.raises(TypeError, match=f"{kind.__name__} got an unexpected keyword argument 'dampening_rate'"):
+        build(name, [p], dampening_rate=0.9)
     with pytest.raises(ValueError, match="unknown key 'learning_rate'"):
         build(name, [{"params": [p], "learning_rate": 1.0}])
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if "Adafactor" not in n])  # it has transformers', see its own tests
+# every keyword of torch.optim.AdamW -> a value that is not its default
+KEYWORDS = {
+    "lr": 0.3,
+    "betas": (0.5, 0.6),
+    "eps": 0.1,
+    "weight_decay": 0.5,
+    "amsgrad": True,
+    "maximize": True,
+    "foreach": True,
+    "capturable": True,
+    "differentiable": True,
+    "fused": True,
+}
+REFUSED = {"amsgrad", "foreach", "capturable", "differentiable"}
+UNCHANGED = [
+    {"amsgrad": False, "foreach": None, "fused": None, "capturable": False, "differentiable": False},
+    {"foreach": False, "fused": True},
+]
+
+
+@contract("every keyword of `torch.optim.AdamW` is honoured, or refused by name")
+@few
+@pytest.mark.parametrize("key", KEYWORDS)
+def test_every_keyword_of_torchs_is_honoured_or_refused(name, key):
+    assert KEYWORDS.keys() == inspect.signature(torch.optim.AdamW).parameters.keys() - {"params"}
+    net, other = model(), model()
+    if key in REFUSED | ELSEWHERE.get(CASES[name][0], set()):
+        with pytest.raises((TypeError, ValueError), match=rf"\b{key}\b"):
+            build(name, net.parameters(), **{key: KEYWORDS[key]})
+        return
+    train(net, build(name, net.parameters(), **{key: KEYWORDS[key]}), 0, 3)
+    train(other, build(name, other.parameters()), 0, 3)
+    if key == "fused":
+        assert_equal(weights(net), weights(other))
+    else:
+        assert not any(torch.equal(p, q) for p, q in zip(weights(net), weights(other), strict=True) if p.ndim > 1)
+
+
+@contract("every keyword of `torch.optim.AdamW` is honoured, or refused by name")
+@few
+@pytest.mark.parametrize("settings", UNCHANGED)
+def test_keywords_of_torchs_that_ask_for_nothing_change_nothing(name, settings):
+    net, other = model(), model()
+    train(net, build(name, net.parameters(), **settings), 0, 2)
+    train(other, build(name, other.parameters()), 0, 2)
+    assert_equal(weights(net), weights(other))
+
+
+@contract("a Tensor as learning rate")
+@every
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_tensor_as_learning_rate_is_kept_and_read_at_every_step(name, shape):
+    net, other = model(), model()
+    lr = torch.full(shape, 2.0**-5)
+    optimizer = build(name, net.parameters(), lr=lr)
+    reference = build(name, other.parameters(), lr=2.0**-5)
+    assert optimizer.param_groups[0]["lr"] is lr
+    for i in range(2):
+        train(net, optimizer, i, i + 1)
+        train(other, reference, i, i + 1)
+        lr.fill_(2.0**-7)
+        reference.param_groups[0]["lr"] = 2.0**-7
+    assert_equal(weights(net), weights(other))
+
+
+@contract("sparse and complex parameters and gradients are refused by name")
+@few
+def test_sparse_and_complex_parameters_are_refused(name):
+    matrix = torch.nn.Parameter(torch.randn(9, 12))
+    for p, found in (
+        (torch.ones(4, 6, dtype=torch.complex64), "complex64"),
+        (torch.ones(4, 6).to_sparse(), "sparse_coo"),
+    ):
+        with pytest.raises(ValueError, match=rf"takes dense real floating-point parameters, got torch\.{found}"):
+            build(name, [matrix, p])
+
+
+@contract("torch's defaults, or transformers' for Adafactor")
+@pytest.mark.parametrize("name", [n for n in CASES if "Adafactor" not in n])  # it has transformers': test_adafactor.py
 def test_has_torchs_defaults(name):
     kind, matrices, common = CASES[name]
     group = kind(model().parameters(), **matrices, **common).param_groups[0]
@@ -289,6 +242,27 @@ def test_has_torchs_defaults(name):
     assert {key: group[key] for key in shared} == {key: torchs[key] for key in shared}
 
 
+@contract("no attributes that other code takes for a promise: `_step_supports_amp_scaling`, a `step` of its own")
+@few
+def test_an_optimizer_makes_no_promises_beyond_torchs(name):
+    optimizer = build(name, model().parameters())
+    assert not hasattr(optimizer, "_step_supports_amp_scaling")  # else GradScaler would leave the unscaling to it
+    assert "step" not in vars(optimizer)
+    kind = type(optimizer)
+    for method in ("state_dict", "zero_grad", "register_step_post_hook"):
+        assert getattr(kind, method) is getattr(torch.optim.Optimizer, method)
+
+
+@contract("groups hold what JSON can write, beside a Tensor lr")
+@every
+def test_groups_hold_primitives(name):
+    optimizer = build(name, model().named_parameters())
+    groups = optimizer.state_dict()["param_groups"]
+    written = json.loads(json.dumps(groups))
+    assert [group.keys() for group in written] == [group.keys() for group in groups]
+
+
+@contract("NumPy's numbers")
 @every
 def test_numbers_of_numpy_become_pythons(name):
     np = pytest.importorskip("numpy")
@@ -304,18 +278,137 @@ def test_numbers_of_numpy_become_pythons(name):
 # Steps.
 
 
+@contract("float64, float32, bfloat16 and float16 models train")
 @every
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_loss_falls(name, dtype):
     net = model(dtype)
     optimizer = build(name, net.parameters())
     before = backward(net, 0).item()
-    for _ in range(25):
+    for _ in range(10):
         backward(net, 0)
         optimizer.step()
-    assert backward(net, 0).item() < 0.8 * before
+    assert backward(net, 0).item() < 0.9 * before
 
 
+# One of each kind: no axis, nothing in it, one row, one column, a convolution, a stack of matrices.
+SHAPES = [(), (7,), (0,), (0, 6), (6, 0), (1, 9), (9, 1), (1, 1), (6, 2, 3, 3), (2, 5, 4), (3, 5, 4)]
+
+
+def stacked(name):
+    """The first axis counts matrices, where an optimizer can be told."""
+    return {"batch_dims": 1} if "batch_dims" in inspect.signature(CASES[name][0]).parameters else {}
+
+
+@contract("0-d, empty, 1xN, Nx1, 4-d and stacked 3-d parameters train")
+@every
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_parameters_of_every_shape_train(name, dtype):
+    params = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in SHAPES]
+    targets = [p.detach() + torch.randn(p.shape).to(dtype) for p in params]
+    groups = [{"params": params[:-1]}, {"params": params[-1:], **stacked(name)}]
+    optimizer = build(name, groups, **({"lr": 0.1} | CASES[name][2] | share(name)))
+
+    def distances():
+        return [torch.dist(p.detach().double(), t.double()).item() for p, t in zip(params, targets, strict=True)]
+
+    before = distances()
+    for _ in range(6):
+        run(optimizer, params, [[p.detach() - t for p, t in zip(params, targets, strict=True)]])
+    for p, shape, b, a in zip(params, SHAPES, before, distances(), strict=True):
+        assert (p.shape, p.dtype) == (shape, dtype)
+        assert a < 0.99 * b if p.numel() else a == b == 0
+
+
+def transposed(x):
+    return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def every_other(x):
+    """Every other element in each direction of a larger tensor."""
+    base = torch.full([2 * n + 1 for n in x.shape], math.nan, dtype=x.dtype)
+    view = base[tuple(slice(1, None, 2) for _ in x.shape)]
+    return view.copy_(x)
+
+
+def channels_last(x):
+    return x.to(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
+@contract("strided and channels_last parameters and gradients train as contiguous ones, in place")
+@every
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_layout_of_memory_changes_nothing(name, dtype):
+    shapes, steps = [(12, 9), (7,), (6, 3, 2, 2)], 4
+    grads = list(zip(*(gradients(shape, steps, dtype) for shape in shapes), strict=True))
+    contiguous = [parameter(shape, dtype) for shape in shapes]
+    run(build(name, contiguous), contiguous, grads)
+    for layout, of_gradients in (
+        (transposed, torch.clone),
+        (channels_last, channels_last),
+        (every_other, transposed),
+        (torch.clone, every_other),
+    ):
+        memory = [layout(parameter(shape, dtype).detach()) for shape in shapes]
+        params = [torch.nn.Parameter(x) for x in memory]
+        optimizer = build(name, params)
+        places = [(p.data_ptr(), p.stride()) for p in params]
+        for step in grads:
+            given = [of_gradients(g) for g in step]
+            for p, g in zip(params, given, strict=True):
+                p.grad = g
+            optimizer.step()
+            for p, g, clean in zip(params, given, step, strict=True):
+                assert p.grad is g
+                assert torch.equal(g, clean)
+        assert places == [(p.data_ptr(), p.stride()) for p in params]
+        tolerance = dict(rtol=1e-9, atol=1e-9) if dtype == torch.float64 else dict(rtol=2e-2, atol=2e-3)
+        torch.testing.assert_close(weights_of(params), weights_of(contiguous), **tolerance)
+        for x in memory if layout is every_other else ():
+            assert x._base.isnan().sum() == x._base.numel() - x.numel()  # what lies between is as it was
+
+
+@contract("strided and channels_last parameters and gradients train as contiguous ones, in place")
+@every
+def test_an_expanded_gradient_is_as_good_as_a_written_out_one(name):
+    """With strides of zero, as where a module broadcasts its weight."""
+    shape = (6, 4, 2, 2)
+    p, q = parameter(shape, torch.float64), parameter(shape, torch.float64)
+    optimizer, reference = build(name, [p]), build(name, [q])
+    for g in gradients((6, 4, 1, 1), 4, torch.float64):
+        p.grad = g.expand(shape)
+        optimizer.step()
+        run(reference, [q], [[g.expand(shape).contiguous()]])
+    assert 0 in p.grad.stride()
+    torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
+
+
+@contract("0-d, empty, 1xN, Nx1, 4-d and stacked 3-d parameters train")
+@pytest.mark.parametrize("name", ALONE)
+def test_a_stack_trains_as_its_matrices(name):
+    shape, steps, size = (3, 9, 12), 5, 3
+    grads = list(zip(*(gradients(shape[1:], steps, torch.float64, seed) for seed in range(size)), strict=True))
+    stack = parameter(shape, torch.float64)
+    alone = [torch.nn.Parameter(w.clone()) for w in stack.detach()]
+    run(build(name, [stack], **stacked(name)), [stack], [[torch.stack(step)] for step in grads])
+    for j, p in enumerate(alone):
+        run(build(name, [p]), [p], [[step[j]] for step in grads])
+    torch.testing.assert_close(stack.detach(), torch.stack(weights_of(alone)), rtol=1e-9, atol=1e-9)
+
+
+@contract("`maximize` is minimising the negative")
+@every
+def test_maximising_is_minimising_the_negative(name):
+    net, other = model(), model()
+    down, up = build(name, net.parameters()), build(name, other.parameters(), maximize=True)
+    for i in range(4):
+        backward(net, i)
+        run(up, list(other.parameters()), [[-p.grad for p in net.parameters()]])
+        down.step()
+    assert_equal(weights(net), weights(other))
+
+
+@contract("closures run with gradients, and their loss is returned")
 @every
 def test_closure_runs_with_gradients_and_its_loss_is_returned(name):
     net, same = model(), model()
@@ -332,6 +425,63 @@ def test_closure_runs_with_gradients_and_its_loss_is_returned(name):
     assert reference.step() is None
 
 
+@contract("sparse and complex parameters and gradients are refused by name")
+@few
+@pytest.mark.parametrize("kind", ["sparse", "complex"])
+def test_sparse_and_complex_gradients_are_refused_before_anything_changes(name, kind):
+    net = model()
+    optimizer = build(name, net.named_parameters())
+    train(net, optimizer, 0, 1)
+    before = weights(net), copy.deepcopy(optimizer.state_dict())
+    backward(net, 1)
+    p = net[5].weight
+    if kind == "complex":
+        p.grad_dtype = None  # else torch refuses it by itself
+    p.grad = p.grad.to_sparse() if kind == "sparse" else p.grad.to(torch.complex64)
+    with pytest.raises(RuntimeError, match=rf"takes dense real gradients, got a {kind} one for 5\.weight"):
+        optimizer.step()
+    assert_equal((weights(net), optimizer.state_dict()), before)
+
+
+@contract("parameters on the meta device are refused by name, and train once they are materialised")
+@few
+def test_parameters_without_data_are_refused_until_they_have_some(name):
+    net = model().to("meta")
+    optimizer = build(name, net.named_parameters())
+    for p in net.parameters():
+        p.grad = torch.empty_like(p)
+    with pytest.raises(RuntimeError, match=r"parameter 0\.weight is on the meta device"):
+        optimizer.step()
+    assert not optimizer.state
+    net.to_empty(device="cpu")  # makes new parameters
+    net.load_state_dict(model().state_dict())
+    optimizer.param_groups[0]["params"] = list(net.parameters())
+    same = model()
+    train(net, optimizer, 0, 2)
+    train(same, build(name, same.named_parameters()), 0, 2)
+    assert_equal(weights(net), weights(same))
+
+
+@contract("a step under another default dtype")
+@every
+def test_another_default_dtype_changes_nothing(name):
+    nets, grads = (model(), model()), []
+    reference = build(name, nets[0].parameters())
+    for i in range(3):
+        train(nets[0], reference, i, i + 1)
+        grads.append([p.grad for p in nets[0].parameters()])
+        nets[0].zero_grad()
+    torch.set_default_dtype(torch.float64)
+    try:
+        optimizer = build(name, nets[1].parameters())
+        run(optimizer, list(nets[1].parameters()), grads)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_equal(weights(nets[0]), weights(nets[1]))
+    assert_equal(optimizer.state_dict(), reference.state_dict())
+
+
+@contract("parameters without gradients, zero gradients")
 @every
 def test_without_gradients_a_step_does_nothing(name):
     net = model()
@@ -343,6 +493,7 @@ def test_without_gradients_a_step_does_nothing(name):
     assert state_bytes(optimizer) == 0
 
 
+@contract("parameters without gradients, zero gradients")
 @every
 def test_zero_gradients_without_decay_change_nothing(name):
     net = model()
@@ -355,6 +506,7 @@ def test_zero_gradients_without_decay_change_nothing(name):
     assert_equal(weights(net), before)
 
 
+@contract("frozen and thawed layers")
 @every
 def test_a_frozen_layer_stands_still_and_can_be_thawed(name):
     net = model()
@@ -376,6 +528,7 @@ def test_a_frozen_layer_stands_still_and_can_be_thawed(name):
     assert_same_continuation(net, optimizer, copied, resumed, 5)
 
 
+@contract("the first step creates all state; `step` is a float32 tensor on the CPU")
 @every
 def test_every_parameter_has_all_its_state_after_its_first_step(name):
     net = model()
@@ -393,6 +546,7 @@ def test_every_parameter_has_all_its_state_after_its_first_step(name):
         assert all(isinstance(x, torch.Tensor | int) for x in optimizer.state[p].values())
 
 
+@contract("a parameter's state can be dropped")
 @every
 def test_a_forgotten_parameter_begins_anew(name):
     net = model()
@@ -411,6 +565,7 @@ def test_a_forgotten_parameter_begins_anew(name):
     assert (optimizer.state[forgotten]["step"].item(), optimizer.state[other]["step"].item()) == (2, 5)
 
 
+@contract("parameters are swapped or moved to another dtype before the first step")
 @every
 def test_parameters_can_be_swapped_before_the_first_step(name):
     """As accelerate does under FSDP2, and `module.to(dtype)` by its data."""
@@ -422,16 +577,29 @@ def test_parameters_can_be_swapped_before_the_first_step(name):
         q.grad = torch.ones_like(q)
     optimizer.step()
     reference.step()
-    assert_equal([p.detach() for p in optimizer.param_groups[0]["params"]], weights(other))
+    assert_equal(weights_of(optimizer.param_groups[0]["params"]), weights(other))
 
 
-@pytest.mark.parametrize(
-    "name", ["AdamW", "GaLoreAdamW, svd, rotate", "GaLoreAdamW, svd, reset", "GradNormLoRP, svd, rotate"]
-)
+@contract("parameters are swapped or moved to another dtype before the first step")
+@every
+def test_a_model_can_change_its_dtype_before_the_first_step(name):
+    net, other = model(), model(torch.float64)
+    optimizer = build(name, net.parameters())
+    net.to(torch.float64)
+    train(net, optimizer, 0, 3)
+    train(other, build(name, other.parameters()), 0, 3)
+    assert_equal(weights(net), weights(other))
+
+
+@contract("groups are like separate optimizers")
+@few
 def test_groups_are_like_separate_optimizers(name):
     net, a, b = model(), model(), model()
     settings = [{"lr": 0.05, "weight_decay": 0.3}, {"lr": 0.001, "betas": (0.5, 0.9)}]
-    parts = [lambda n: list(n[:3].parameters()), lambda n: list(n[3:].parameters())]
+    if "betas" in ELSEWHERE.get(CASES[name][0], ()):
+        del settings[1]["betas"]
+    # By name, so that what is drawn does not go by the position.
+    parts = [lambda n: list(n.named_parameters())[:4], lambda n: list(n.named_parameters())[4:]]
     joint = build(name, [{"params": part(net), **s} for part, s in zip(parts, settings, strict=True)])
     separate = [build(name, part(n), **s) for n, part, s in zip((a, b), parts, settings, strict=True)]
     for i in range(4):
@@ -443,36 +611,28 @@ def test_groups_are_like_separate_optimizers(name):
     assert_equal(weights(net), weights(a)[:4] + weights(b)[4:])
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "AdamW",
-        "GaLoreAdamW, svd, rotate",
-        "GaLoreAdamW, svd, reset",
-        "GaLoreAdafactor, beta1",
-        "GradNormLoRP, svd, rotate",
-        "FRUGAL, svd, sgdm, sgd",
-    ],
-)
+@contract("parameters of several dtypes in one group")
+@few
 def test_parameters_of_several_dtypes_share_a_group(name):
     dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.float32]
     shapes = [(12, 20), (20, 12), (9, 15), (12, 20), (7,)]
     params = [torch.nn.Parameter(torch.randn(s).to(d)) for s, d in zip(shapes, dtypes, strict=True)]
     alone = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    settings = {"stochastic_rounding": False} | ({"update_proj_gap": 100} if name != "AdamW" else {})
-    joint, separate = build(name, params, **settings), []
-    for q in alone:
+    settings = {"update_proj_gap": 100} if "update_proj_gap" in CASES[name][1] else {}  # they are staggered
+    joint, separate = build(name, [(str(i), p) for i, p in enumerate(params)], **settings), []
+    for i, q in enumerate(alone):
         matrix = torch.nn.Parameter(torch.ones(9, 12))  # a rank needs a matrix; without a gradient it stands still
-        separate.append(build(name, [q, matrix], **settings))
+        separate.append(build(name, [(str(i), q), ("matrix", matrix)], **settings))
     for _ in range(4):
         for p, q in zip(params, alone, strict=True):
             p.grad = torch.randn(p.shape).to(p.dtype)
             q.grad = p.grad.clone()
         for optimizer in (joint, *separate):
             optimizer.step()
-    assert_equal([p.detach() for p in params], [q.detach() for q in alone])
+    assert_equal(weights_of(params), weights_of(alone))
 
 
+@contract("`add_param_group`")
 @every
 def test_groups_can_be_added_later(name):
     net = model()
@@ -491,47 +651,7 @@ def test_groups_can_be_added_later(name):
 # Copies and checkpoints.
 
 
-@every
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_state_dict_survives_saving_with_weights_only(name, dtype):
-    net = model(dtype)
-    optimizer = build(name, net.parameters())
-    train(net, optimizer, 0, 3)
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=True)
-    assert_equal(loaded, optimizer.state_dict())
-    other = copy.deepcopy(net)
-    resumed = build(name, other.parameters())
-    resumed.load_state_dict(loaded)
-    assert_equal(resumed.state_dict(), optimizer.state_dict())
-    assert_same_continuation(net, optimizer, other, resumed, 3)
-
-
-@every
-def test_a_load_keeps_dtypes_and_copies_tensors(name):
-    net = model(torch.bfloat16)
-    optimizer = build(name, net.parameters())
-    train(net, optimizer, 0, 3)
-    saved = copy.deepcopy(optimizer.state_dict())
-    resumed = build(name, copy.deepcopy(net).parameters())
-    given = optimizer.state_dict()
-    resumed.load_state_dict(given)
-    for state in resumed.state_dict()["state"].values():
-        dtypes = {key: x.dtype for key, x in state.items() if isinstance(x, torch.Tensor)}
-        moments = torch.bfloat16 if "bfloat16" in name else torch.float32
-        assert {dtypes[key] for key in moments_of(state)} <= {moments}
-        assert dtypes["step"] == torch.float32
-        assert dtypes.get("basis", torch.float32) == torch.float32
-        assert {dtypes.get(key, torch.int32) for key in ("index", "refreshes", "age")} == {torch.int32}
-    for state in resumed.state.values():
-        for x in state.values():
-            if isinstance(x, torch.Tensor):
-                x.zero_()
-    assert_equal(given, saved)
-
-
+@contract("`deepcopy` and `pickle`")
 @every
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies_continue_alike_and_apart(name, how):
@@ -545,9 +665,10 @@ def test_copies_continue_alike_and_apart(name, how):
     assert {k for k in vars(optimizer) if k[0] != "_"} == {k for k in vars(copied) if k[0] != "_"}
     assert_same_continuation(net, optimizer, other, copied, 3)
     copied.load_state_dict(optimizer.state_dict())
-    assert_same_continuation(net, optimizer, other, copied, 8)
+    assert_same_continuation(net, optimizer, other, copied, 6, steps=1)
 
 
+@contract("`repr` shows the settings")
 @every
 def test_repr_shows_the_class_and_the_settings(name):
     kind, matrices, common = CASES[name]
@@ -557,45 +678,7 @@ def test_repr_shows_the_class_and_the_settings(name):
         assert f"{key}: {value}" in text
 
 
-@every
-def test_load_hooks_fire_in_order_and_may_edit(name):
-    net, other = model(torch.bfloat16), model(torch.bfloat16)
-    optimizer, resumed = build(name, net.parameters()), build(name, other.parameters())
-    train(net, optimizer, 0, 3)
-    calls, last = [], 7  # a bias, which has moments under any optimizer
-
-    def edit(_, state_dict):
-        if not state_dict["state"]:
-            return None
-        calls.append("pre")
-        state_dict = copy.deepcopy(state_dict)
-        state = state_dict["state"][last]
-        state[moments_of(state)[0]].fill_(0.5)
-        state["step"].fill_(40)
-        state_dict["param_groups"][0]["lr"] = 0.123
-        return state_dict
-
-    def look(o):
-        calls.append("post")
-        state, origin = o.state[list(other.parameters())[last]], optimizer.state[list(net.parameters())[last]]
-        key = moments_of(state)[0]
-        assert state[key].eq(0.5).all()  # the state is complete by now
-        assert state[key].dtype == origin[key].dtype
-
-    resumed.register_load_state_dict_pre_hook(edit)
-    resumed.register_load_state_dict_post_hook(look)
-    for _ in range(2):
-        resumed.load_state_dict(optimizer.state_dict())
-    with pytest.raises(ValueError):
-        resumed.load_state_dict(build(name, model()[:4].parameters()).state_dict())
-    assert calls == ["pre", "post"] * 2
-    hooks = resumed._optimizer_load_state_dict_pre_hooks, resumed._optimizer_load_state_dict_post_hooks
-    assert [len(each) for each in hooks] == [1, 1]  # only those above: ours go with the call
-    state = resumed.state[list(other.parameters())[last]]
-    assert state["step"].item() == 40
-    assert resumed.param_groups[0]["lr"] == 0.123
-
-
+@contract("hooks of steps and state dicts, global ones too, fire in order")
 @every
 def test_other_hooks_fire_and_foreign_state_entries_survive(name):
     net = model()
@@ -603,12 +686,21 @@ def test_other_hooks_fire_and_foreign_state_entries_survive(name):
     calls = []
     optimizer.register_step_pre_hook(lambda *_: calls.append("step pre"))
     optimizer.register_step_post_hook(lambda *_: calls.append("step post"))
+    everywhere = [
+        register_optimizer_step_pre_hook(lambda *_: calls.append("global step pre")),
+        register_optimizer_step_post_hook(lambda *_: calls.append("global step post")),
+    ]
     optimizer.register_state_dict_pre_hook(lambda *_: calls.append("state_dict pre"))
     optimizer.register_state_dict_post_hook(lambda *_: calls.append("state_dict post"))
     optimizer.state["test"] = 1  # as torch's own tests do
-    train(net, optimizer, 0, 1)
+    try:
+        train(net, optimizer, 0, 1)
+    finally:
+        for hook in everywhere:
+            hook.remove()
     saved = optimizer.state_dict()
-    assert calls == ["step pre", "step post", "state_dict pre", "state_dict post"]
+    steps = ["global step pre", "step pre", "step post", "global step post"]
+    assert calls == [*steps, "state_dict pre", "state_dict post"]
     optimizer.load_state_dict(saved)
     assert optimizer.state["test"] == 1
     assert state_bytes(optimizer) > 0
@@ -626,108 +718,86 @@ def same_size_other_way():
     return torch.nn.Sequential(torch.nn.Linear(12, 20), torch.nn.Linear(20, 12))
 
 
-@every
-@pytest.mark.parametrize("foreign", [other_shapes, one_more, same_size_other_way])
-def test_a_foreign_checkpoint_is_refused_whole(name, foreign):
-    def fill(net, optimizer):
-        for p in net.parameters():
-            p.grad = torch.randn_like(p)
-        optimizer.step()
-
-    net = torch.nn.Sequential(torch.nn.Linear(20, 12), torch.nn.Linear(12, 20))
-    optimizer = build(name, net.parameters())
-    fill(net, optimizer)
-    theirs = foreign()
-    other = build(name, theirs.parameters(), lr=0.777)
-    fill(theirs, other)
-    before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(ValueError):
-        optimizer.load_state_dict(other.state_dict())
-    assert_equal(optimizer.state_dict(), before)
-    fill(net, optimizer)
-
-
-@pytest.mark.parametrize("groups", ["default rank", "group rank"])
-def test_a_dense_checkpoint_does_not_turn_projection_off(groups):
-    net, other = model(), model()
-    matrices = [p for p in net.parameters() if p.ndim > 1]
-    given = [{"params": matrices, "rank": 3}] if groups == "group rank" else matrices
-    optimizer = GaLoreAdamW(given)
-    dense = torch.optim.AdamW([p for p in other.parameters() if p.ndim > 1])
-    train(other, dense, 0, 1)
-    with pytest.raises(ValueError, match="does not fit"):
-        optimizer.load_state_dict(dense.state_dict())
-    assert optimizer.param_groups[0]["rank"] == (3 if groups == "group rank" else 0.25)
-
-
-def test_a_checkpoint_of_torchs_adamw_continues_here():
-    net = model()
-    theirs = torch.optim.AdamW(net.parameters(), lr=0.02, fused=True)
-    train(net, theirs, 0, 3)
-    other = copy.deepcopy(net)
-    ours = AdamW(other.parameters())
-    ours.load_state_dict(theirs.state_dict())
-    assert_same_continuation(net, theirs, other, ours, 3)
-
-
-@every
-def test_a_checkpoint_without_newer_keys_loads(name):
-    net = model()
-    optimizer = build(name, net.parameters())
-    train(net, optimizer, 0, 3)
-    saved = copy.deepcopy(optimizer.state_dict())
-    for group in saved["param_groups"]:
-        for key in ("maximize", "seed", "stochastic_rounding"):
-            del group[key]
-    for state in saved["state"].values():
-        del state["stream"]
-        state["step"] = state["step"].item()
-    other = copy.deepcopy(net)
-    resumed = build(name, other.parameters())
-    resumed.load_state_dict(saved)
-    assert resumed.param_groups[0]["seed"] == 0
-    step = resumed.state[next(other.parameters())]["step"]
-    assert (step.dtype, step.shape, step.item()) == (torch.float32, (), 3)
-    assert_same_continuation(net, optimizer, other, resumed, 3)
-
-
 # What acts on an optimizer from outside.
 
 
-def one_cycle(optimizer):
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=12)
+def cycles_momentum(optimizer):
+    return not optimizer.defaults.keys().isdisjoint({"betas", "momentum"})
 
 
-SCHEDULERS = [
-    one_cycle,
-    lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda i: 0.9**i),
-    lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 10),
-    lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0),
-    lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.1, cycle_momentum=True),
-]
+SCHEDULERS = {
+    "OneCycle": lambda o: schedulers.OneCycleLR(o, max_lr=0.05, total_steps=12, cycle_momentum=cycles_momentum(o)),
+    "Cyclic": lambda o: schedulers.CyclicLR(o, 0.01, 0.1, step_size_up=3, cycle_momentum=cycles_momentum(o)),
+    "Lambda": lambda o: schedulers.LambdaLR(o, lambda i: 0.9**i),
+    "Plateau": lambda o: schedulers.ReduceLROnPlateau(o, patience=0),
+}
 
 
+@contract("schedulers: OneCycle and Cyclic with momentum, Lambda, Plateau; with float and Tensor lr")
 @few
-@pytest.mark.parametrize("make", SCHEDULERS, ids=["OneCycle", "Lambda", "Cosine", "Plateau", "Cyclic"])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("tensor", [False, True])
-def test_schedulers_drive_lr_and_momentum_as_they_do_torchs(name, make, tensor):
-    def history(optimizer, net):
-        scheduler, values = make(optimizer), []
-        for i in range(8):
-            backward(net, i)
-            optimizer.step()
-            scheduler.step(*([1.0] if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) else []))
-            group = optimizer.param_groups[0]
-            values.append((float(group["lr"]), *group["betas"]))
-        return values
+def test_training_under_a_scheduler_is_training_with_the_rates_it_gives_torchs_optimizers(name, scheduler, tensor):
+    def lr():
+        return torch.tensor(0.02) if tensor else 0.02
 
-    net, other = model(), model()
-    ours = history(build(name, net.parameters(), lr=torch.tensor(0.02) if tensor else 0.02), net)
-    theirs = history(torch.optim.AdamW(other.parameters(), lr=torch.tensor(0.02) if tensor else 0.02), other)
-    assert ours == theirs
-    assert len(set(ours)) > 1
+    def rates(optimizer):
+        group = optimizer.param_groups[0]
+        return {"lr": float(group["lr"])} | {key: group[key] for key in ("betas", "momentum") if key in own}
+
+    def advance(scheduler):
+        scheduler.step(*([1.0] if isinstance(scheduler, schedulers.ReduceLROnPlateau) else []))
+
+    net, same = model(), model()
+    ours, by_hand = build(name, net.parameters(), lr=lr()), build(name, same.parameters())
+    own = ours.param_groups[0].keys()
+    weight = [torch.nn.Parameter(torch.ones(1))]
+    theirs = torch.optim.SGD(weight, lr(), momentum=0.9) if "momentum" in own else torch.optim.AdamW(weight, lr())
+    if not cycles_momentum(ours):
+        del theirs.defaults["betas"]
+    both, seen = [SCHEDULERS[scheduler](o) for o in (ours, theirs)], []
+    for i in range(6):
+        assert rates(ours) == rates(theirs)
+        seen.append(rates(theirs))
+        by_hand.param_groups[0].update(seen[-1])
+        train(net, ours, i, i + 1)
+        train(same, by_hand, i, i + 1)
+        theirs.step()
+        for each in both:
+            advance(each)
+    assert_equal(weights(net), weights(same))
+    assert isinstance(ours.param_groups[0]["lr"], torch.Tensor) == tensor
+    for key in seen[0].keys() if "Cycl" in scheduler else ["lr"]:
+        assert len({rates[key] for rates in seen}) > 3
 
 
+@contract("averages of weights: `AveragedModel` and `SWALR`")
+@few
+@pytest.mark.parametrize("ema", [False, True])
+def test_averaged_models_follow_training(name, ema):
+    net = model()
+    optimizer = build(name, net.parameters())
+    expected: list[torch.Tensor] = []
+    averaged = swa_utils.AveragedModel(net, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.75) if ema else None)
+    scheduler = swa_utils.SWALR(optimizer, swa_lr=0.001, anneal_epochs=3)
+    for i in range(4):
+        train(net, optimizer, i, i + 1)
+        scheduler.step()
+        averaged.update_parameters(net)
+        now, part = weights(net), 0.25 if ema else 1 / (i + 1)
+        expected = [torch.lerp(e, w, part) for e, w in zip(expected, now, strict=True)] if i else now
+    torch.testing.assert_close(weights(averaged.module), expected)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
+    same = model()
+    reference = build(name, same.parameters())
+    scheduler = swa_utils.SWALR(reference, swa_lr=0.001, anneal_epochs=3)
+    for i in range(4):
+        train(same, reference, i, i + 1)
+        scheduler.step()
+    assert_equal(weights(net), weights(same))  # averaging leaves the run alone
+
+
+@contract("the learning rate of the moment is used")
 @every
 def test_the_lr_of_the_moment_is_used(name):
     net = model()
@@ -741,14 +811,15 @@ def test_the_lr_of_the_moment_is_used(name):
     assert_equal(weights(net), before)
 
 
-@few
+@contract("`GradScaler` scales back, and skips an overflow")
+@every
 def test_grad_scaler_scales_back_and_skips_overflows(name):
     net, same = model(), model()
     optimizer, reference = build(name, net.parameters()), build(name, same.parameters())
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     for i in range(4):
         net.zero_grad()
-        scaler.scale(backward_loss(net, i)).backward()
+        scaler.scale(loss_of(net, i)).backward()
         overflow = i == 2
         if overflow:
             net[3].weight.grad[0, 0] = math.inf
@@ -763,33 +834,7 @@ def test_grad_scaler_scales_back_and_skips_overflows(name):
     assert_equal(weights(net), weights(same))  # powers of two scale exactly
 
 
-def backward_loss(net, i):
-    generator = torch.Generator().manual_seed(i)
-    x, y = torch.randn(4, 3, 4, 4, generator=generator), torch.randn(4, 30, generator=generator)
-    return torch.nn.functional.mse_loss(net(x), y)
-
-
-@every
-@pytest.mark.parametrize("flatten", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_distributed_checkpoints_continue_on_a_fresh_optimizer(name, dtype, flatten):
-    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
-    net, other = model(dtype), model(dtype, seed=1)
-    optimizer, fresh = build(name, net.parameters()), build(name, other.parameters())
-    train(net, optimizer, 0, 3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own deprecations
-        saved = copy.deepcopy(get_optimizer_state_dict(net, optimizer, options=options))
-        before = weights(other)
-        for _ in range(2):  # the second time it has a state, and groups that were loaded
-            set_optimizer_state_dict(other, fresh, saved, options=options)
-    assert_equal(weights(other), before)
-    other.load_state_dict(net.state_dict())
-    assert_same_continuation(net, optimizer, other, fresh, 3)
-    for p, q in zip(net.parameters(), other.parameters(), strict=True):
-        assert_equal(dict(sorted(optimizer.state[p].items())), dict(sorted(fresh.state[q].items())))
-
-
+@contract("a step with zero gradients and lr 0 only creates the state")
 @every
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lr", [0.0, "tensor"])
@@ -815,26 +860,45 @@ def test_a_step_with_zero_gradients_and_lr_zero_only_creates_the_state(name, dty
         assert not optimizer.state[p].get("basis", torch.zeros(1)).any()
 
 
-@few
-def test_sharded_parameters_are_refused(name):
-    dist = torch.distributed
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = dist.init_device_mesh("cpu", (1,))
-        sharded = torch.nn.Parameter(dist.tensor.distribute_tensor(torch.ones(8, 6), mesh))
-        with pytest.raises(NotImplementedError, match="sharded"):
-            build(name, [sharded])
-    finally:
-        dist.destroy_process_group()
+@pytest.fixture
+def process_group():
+    """Of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed
+    torch.distributed.destroy_process_group()
 
 
+@contract("sharded parameters (DTensor) are refused by name")
 @few
-def test_a_state_without_a_step_is_refused(name):
-    net = model()
-    optimizer = build(name, net.parameters())
-    train(net, optimizer, 0, 2)
-    damaged, before = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.state_dict())
-    del damaged["state"][2]["step"]
-    with pytest.raises(ValueError, match="number 2 has no 'step'"):
-        optimizer.load_state_dict(damaged)
-    assert_equal(optimizer.state_dict(), before)
+def test_sharded_parameters_are_refused(name, process_group):
+    mesh = process_group.init_device_mesh("cpu", (1,))
+    sharded = torch.nn.Parameter(process_group.tensor.distribute_tensor(torch.ones(8, 6), mesh))
+    with pytest.raises(NotImplementedError, match="sharded"):
+        build(name, [sharded])
+
+
+@contract("`DistributedDataParallel` and `ZeroRedundancyOptimizer`, in a group of one process")
+@few
+def test_data_parallel_wrappers_train_and_resume(name, process_group):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own deprecations
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    def wrapped(net):
+        kind, matrices, common = CASES[name]
+        settings = {"lr": 0.02, **matrices, **common}
+        return ZeroRedundancyOptimizer(net.parameters(), optimizer_class=kind, **settings)
+
+    net, same = model(), model()
+    optimizer = wrapped(net)
+    train(torch.nn.parallel.DistributedDataParallel(net), optimizer, 0, 3)
+    place = {p: i for i, p in enumerate(net.parameters())}
+    order = [place[p] for p in optimizer.optim.param_groups[0]["params"]]  # by size: what is drawn goes by the position
+    params = list(same.parameters())
+    train(same, build(name, [params[i] for i in order]), 0, 3)
+    assert_equal(weights(net), weights(same))
+    other = copy.deepcopy(net)
+    resumed = wrapped(other)
+    optimizer.consolidate_state_dict()
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # it does not copy by itself
+    assert_same_continuation(net, optimizer, other, resumed, 3)

@@ -3,8 +3,6 @@ import io
 import itertools
 import math
 import re
-import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -676,35 +674,6 @@ def test_resuming_is_as_if_never_stopped(projection, transport, dtype, saved_at)
     for p, q in zip(params, others, strict=True):
         assert torch.equal(p, q)
     assert_same_state(optimizer, resumed)
-
-
-CONTINUE = """
-import sys, torch
-from slimstate.optim import GaLoreAdamW
-saved = torch.load(sys.argv[1], weights_only=True)
-params = [torch.nn.Parameter(w) for w in saved["weights"]]
-optimizer = GaLoreAdamW(params, lr=0.05, rank=3, update_proj_gap=3, projection="power")
-optimizer.load_state_dict(saved["optimizer"])
-for grads in saved["grads"]:
-    for p, g in zip(params, grads):
-        p.grad = g
-    optimizer.step()
-torch.save([p.detach() for p in params], sys.argv[1])
-"""
-
-
-def test_resuming_in_another_process_is_as_if_never_stopped(tmp_path):
-    params = [parameter((12, 20), torch.bfloat16), parameter((20, 12)), parameter((6,), torch.bfloat16)]
-    grads = [[torch.randn_like(p) for p in params] for _ in range(8)]
-    optimizer = GaLoreAdamW(params, lr=0.05, rank=3, update_proj_gap=3, projection="power")
-    run(optimizer, params, grads[:5])
-    file = tmp_path / "checkpoint.pt"
-    weights = [p.detach().clone() for p in params]
-    torch.save({"weights": weights, "optimizer": optimizer.state_dict(), "grads": grads[5:]}, file)
-    run(optimizer, params, grads[5:])
-    subprocess.run([sys.executable, "-c", CONTINUE, str(file)], check=True)
-    for p, resumed in zip(params, torch.load(file, weights_only=True), strict=True):
-        assert torch.equal(p, resumed)
 
 
 # Groups and arguments.
