@@ -118,9 +118,9 @@ def refresh_of(gradient: Tensor, rank: int | float, projection: str) -> Callable
     optimizer = GaLoreAdamW([p], rank=rank, projection=projection)
     optimizer.step()
     group, state = optimizer.param_groups[0], optimizer.state[p]
-    state["step"] += 1
-    matrix, rule = Matrix(p, optimizer._view(p, group), state, scheduled=True), optimizer._projection(group)
-    return torch.no_grad()(lambda: optimizer._refresh(matrix, group, rule))
+    rule = optimizer._projection(group)
+    matrix = Matrix(p, gradient, state, 2.0, (group["seed"], state["stream"], 2), optimizer._view(p, group))
+    return torch.no_grad()(lambda: optimizer._refresh(matrix, group, rule, scheduled=True))
 
 
 def galore_torch_projector(gradient: Tensor, rank: int | float) -> Callable[[], object] | None:

@@ -9,6 +9,7 @@ if __name__ != "slimstate.optim":
 from .adafactor import GaLoreAdafactor
 from .adamp import SGDP, AdamP
 from .adamw import AdamW
+from .backward import InBackward, in_backward
 from .convert import from_galore_torch
 from .dct import DCTAdamW
 from .frugal import FRUGAL
@@ -28,9 +29,11 @@ __all__ = [
     "GaLoreAdafactor",
     "GaLoreAdamW",
     "GradNormLoRP",
+    "InBackward",
     "OwLore",
     "ParamGroups",
     "from_galore_torch",
+    "in_backward",
     "outlier_scores",
     "param_groups",
     "state_bytes",

@@ -216,7 +216,7 @@ class Optimizer(torch.optim.Optimizer):
         self._create_states()
         prepared = []
         for group in self.param_groups:
-            entries = [self._entry(p, group, compiling) for p in group["params"] if self._has_gradient(p)]
+            entries = [self._entry(p, group, compiling) for p in group["params"] if self._gradients(p)]
             settings = group | {key: _number(group[key], compiling) for key in SCHEDULED if key in group}
             prepared.append((settings, self._arranged(group, entries)))
         return prepared
@@ -231,8 +231,9 @@ class Optimizer(torch.optim.Optimizer):
         keys = [counter_key(*draw, purpose) for purpose in range(PURPOSES)]
         return Entry(p, p.grad, state, state["step"].double(), torch.tensor(keys))
 
-    def _has_gradient(self, p: Tensor) -> bool:
-        return p.grad is not None
+    def _gradients(self, p: Tensor) -> tuple[Tensor, ...]:
+        """What there is of its gradient: nothing, all of it, or what was made of it during the backward pass."""
+        return () if p.grad is None else (p.grad,)
 
     def _check_gradients(self) -> None:
         for name, p, _ in self._named():
@@ -251,31 +252,36 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["nonfinite"] == "propagate":
                 continue
-            grads = [p.grad for p in group["params"] if p.grad is not None and p.grad.numel()]
+            grads = [g for p in group["params"] for g in self._gradients(p) if g.numel()]
             if not get_total_norm(grads, math.inf).isfinite():
                 group["nonfinite_steps"] = group.get("nonfinite_steps", 0) + 1
                 stopped.append(group)
         for group in stopped:
             if group["nonfinite"] == "raise":
-                names = [name for name, p, g in self._named() if g is group and _is_bad(p.grad)]
+                names = [name for name, p, g in self._named() if g is group and self._is_bad(p)]
                 raise FloatingPointError(
                     f"the gradients of {len(names)} parameters are not finite, such as that of {names[0]}; nothing was "
                     "changed (nonfinite='skip' goes on without such steps, 'propagate' takes them as torch does)"
                 )
         return bool(stopped)
 
-    def _create_states(self) -> None:
-        """Gives each parameter that has a gradient the state that `_spec` says: creates it at first, and brings it
-        along where the parameter's dtype or device, or a setting, has changed since."""
+    def _is_bad(self, p: Tensor) -> bool:
+        return not all(g.isfinite().all() for g in self._gradients(p))
+
+    def _create_states(self, only: Tensor | None = None) -> None:
+        """Gives each parameter that has a gradient, or only one, the state that `_spec` says: creates it at first, and
+        brings it along where the parameter's dtype or device, or a setting, has changed since."""
         for group in self.param_groups:
             settings = _forming(group)
-            for p in filter(self._has_gradient, group["params"]):
+            for p in (p for p in group["params"] if only is None or p is only):
+                if not self._gradients(p):
+                    continue
                 form = (p.dtype, p.device, *settings)
                 if "step" in self.state[p] and self._forms.get(p, form) != form:
                     self._conform(p, group, self._forms[p][0])
                 self._forms[p] = form
         for position, (name, p, group) in enumerate(self._named()):
-            if not self._has_gradient(p) or "step" in self.state[p]:
+            if not (only is None or p is only) or not self._gradients(p) or "step" in self.state[p]:
                 continue
             # By name where there is one, so that the draws do not depend on the order of the parameters.
             stream = zlib.crc32(name.encode()) if "param_names" in group else position
@@ -479,7 +485,3 @@ def _number(value: Any, compiling: bool) -> Any:
     if value is None:
         return None
     return torch.tensor(float(value), dtype=torch.float64) if compiling else float(value)
-
-
-def _is_bad(grad: Tensor | None) -> bool:
-    return grad is not None and not grad.isfinite().all()

@@ -3,11 +3,11 @@ and what then becomes of the moments."""
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from numbers import Integral
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from ._adam import adamw_step_, check_adam, is_number, moments_spec, store_, wei
 from ._base import Entry, Group, Optimizer, Spec, State
 from ._loading import misfit
 from .groups import shape_text, table
+
+if TYPE_CHECKING:
+    from .backward import InBackward
 
 __all__ = ["DEFAULT_RANK", "Arranged", "Matrix", "ProjectedOptimizer", "due", "rotate_"]
 
@@ -82,6 +85,9 @@ class ProjectedOptimizer(Optimizer):
     shares: ClassVar[tuple[str, ...]] = ("rank",)
     """The keys of which one, where it is not None, says how much of a group's matrices is selected."""
 
+    _in_backward: "InBackward | None" = None
+    """The per-layer mode, while it is on; a copy of the optimizer is without."""
+
     def __init__(self, params: ParamsT, defaults: Group) -> None:
         defaults = defaults | self._unfolded(defaults)
         if not isinstance(params, Tensor):
@@ -132,6 +138,12 @@ class ProjectedOptimizer(Optimizer):
         keys = [matrix.key(purpose) for purpose in (ROTATED_EXP_AVG, ROTATED_EXP_AVG_SQ)]
         rotate_(exp_avg, exp_avg_sq, overlap, group["betas"], float(matrix.step) - 1, keys, j * exp_avg.numel())
 
+    def _needs_whole(self, group: Group) -> str | None:
+        """Why a step needs whole gradients of the matrices that this group projects, if it does."""
+        if group["update_proj_gap"] == 1:
+            return "update_proj_gap=1 chooses a subspace for the whole gradient in every step"
+        return None
+
     # Groups.
 
     def _unfolded(self, defaults: Group) -> Group:
@@ -163,12 +175,16 @@ class ProjectedOptimizer(Optimizer):
                 if param_group.setdefault("side", PROJ_TYPES[proj_type]) != PROJ_TYPES[proj_type]:
                     raise ValueError(f"proj_type={proj_type!r} contradicts side={param_group['side']!r}")
             self._check_explicit_share(param_group)
+            if self._in_backward is not None:
+                self._in_backward.check_group(self, self.defaults | param_group)
         super().add_param_group(param_group)
         try:
             self._report_clamped(self.param_groups[-1])
         except UserWarning:  # where warnings are errors
             self.param_groups.pop()
             raise
+        if self._in_backward is not None:
+            self._in_backward.watch(self.param_groups[-1]["params"])
 
     def _check_explicit_share(self, param_group: Group) -> None:
         key = next((key for key in self.shares if param_group.get(key) is not None), None)
@@ -279,12 +295,33 @@ class ProjectedOptimizer(Optimizer):
             spec["age"] = ((), torch.int32)
         return spec | weight_spec(p, group)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; what was made of gradients during the backward pass is dropped too."""
+        if self._in_backward is not None:
+            self._in_backward.drop()
+        super().zero_grad(set_to_none)
+
+    def forget(self, params: Iterable[Tensor]) -> None:
+        """As `Optimizer.forget`; what was made of their gradients during the backward pass is dropped too."""
+        params = list(params)
+        super().forget(params)
+        if self._in_backward is not None:
+            self._in_backward.drop(params)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As `Optimizer.load_state_dict`; what was made of gradients during the backward pass is dropped."""
+        super().load_state_dict(state_dict)
+        if self._in_backward is not None:
+            self._in_backward.drop()
+
     def _check_state(self, name: str, p: Tensor, group: Group, state: State) -> None:
         super()._check_state(name, p, group, state)
         if not self._is_projected(p, group):
             return
-        if not state["step"] and state["refreshes"].any():
-            raise misfit(f"parameter {name} has a basis, which cannot be at its 'step' 0")
+        if not state["step"]:  # a basis may be there, see `in_backward`
+            for key in self._moments_spec(p, group, tuple(p.shape)):
+                if state[key].any():
+                    raise misfit(f"{key!r} of parameter {name} is not zero, which cannot be at its 'step' 0")
         if (index := state.get(IndexProjection.key)) is None:
             return
         d, fitted = self._view(p, group).d, state["refreshes"].to(index.device) > 0
@@ -293,9 +330,26 @@ class ProjectedOptimizer(Optimizer):
 
     # Steps.
 
+    @torch.compiler.disable
+    def _prepared(self, *, compiling: bool) -> list[tuple[Group, Any]]:
+        if self._in_backward is None:
+            return super()._prepared(compiling=compiling)
+        self._in_backward.check(self)
+        prepared = super()._prepared(compiling=compiling)
+        self._in_backward.finish(prepared)
+        return prepared
+
+    def _gradients(self, p: Tensor) -> tuple[Tensor, ...]:
+        reduced = None if self._in_backward is None else self._in_backward.reduced.get(p)
+        return reduced or super()._gradients(p)
+
+    def _places(self, group: Group) -> dict[Tensor, int]:
+        """The projected matrices of a group, and the order in which they are refreshed."""
+        return {p: i for i, p in enumerate(p for p in group["params"] if self._is_projected(p, group))}
+
     def _arranged(self, group: Group, entries: list[Entry]) -> Arranged:
         """Refreshes the bases that are due, and one that is not there yet."""
-        places = {p: i for i, p in enumerate(p for p in group["params"] if self._is_projected(p, group))}
+        places = self._places(group)
         if not places:
             return Arranged(entries, [])
         projection = self._projection(group)
@@ -306,8 +360,13 @@ class ProjectedOptimizer(Optimizer):
                 continue
             view = projection.view(tuple(x.p.shape), group["batch_dims"])
             matrix = Matrix(x.p, x.gradient, x.state, x.step, x.draw, view)
-            scheduled = due(int(x.state["step"]), places[x.p], len(places), group["update_proj_gap"])
-            self._refresh(matrix, group, projection, scheduled=scheduled)
+            if x.gradient is not None:
+                step = int(x.state["step"])  # at the first, a basis that is there already is one of this gradient
+                scheduled = step > 1 and due(step, places[x.p], len(places), group["update_proj_gap"])
+                self._refresh(matrix, group, projection, scheduled=scheduled)
+            if self._in_backward is not None:  # those that kept their gradients too: for the norm, and for compilers
+                reduced = self._in_backward.reduced.get(x.p) or self._reduce(matrix, group, projection)
+                matrix = replace(matrix, gradient=None, reduced=reduced)
             if "age" in x.state:
                 x.state["age"] += 1
             matrices.append(matrix)

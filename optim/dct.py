@@ -166,6 +166,11 @@ class DCTAdamW(ProjectedOptimizer):
             allowed = ", ".join(map(str, ERROR_FEEDBACK))
             raise ValueError(f"error_feedback must be one of {allowed}, got {group['error_feedback']!r}")
 
+    def _needs_whole(self, group: Group) -> str | None:
+        if group["error_feedback"] is not None:
+            return f"error_feedback={group['error_feedback']!r} keeps what the columns leave out of them"
+        return super()._needs_whole(group)
+
     def _spec(self, p: Tensor, group: Group) -> Spec:
         spec = super()._spec(p, group)
         if not self._is_projected(p, group):

@@ -191,6 +191,15 @@ class FRUGAL(ProjectedOptimizer):
         )
         super().__init__(params, defaults)
 
+    def _needs_whole(self, group: Group) -> str | None:
+        if group["density"] == 0:
+            return "density=0 projects nothing"
+        if group["projection"] == "blocks":
+            return "projection='blocks' gives a state to whole tensors"
+        if group["outer"] != "none":
+            return f"outer={group['outer']!r} steps with what the subspace leaves out of them; outer='none' does not"
+        return super()._needs_whole(group)
+
     # Groups.
 
     def add_param_group(self, param_group: Group) -> None:

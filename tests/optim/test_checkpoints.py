@@ -572,7 +572,7 @@ DAMAGE = [
     (SVD, cut("step", None), "number 4 has no 'step'"),
     (SVD, cut("step", 2.5), "'step' of parameter number 4 must be a whole number >= 0, found 2.5"),
     (SVD, cut("step", -1), "'step' of parameter number 4 must be a whole number"),
-    (SVD, cut("step", 0), "parameter number 4 has a basis, which cannot be at its 'step' 0"),
+    (SVD, cut("step", 0), "'exp_avg' of parameter number 4 is not zero, which cannot be at its 'step' 0"),
     (SVD, cut("step", float("nan")), "'step' of parameter number 4 must be a whole number"),
     (SVD, cut("step", float("inf")), "'step' of parameter number 4 must be a whole number"),
     (SVD, cut("step", torch.tensor(1j)), "'step' of parameter number 4 must be a whole number"),
