@@ -344,6 +344,7 @@ class Fuzz(RuleBasedStateMachine):
         self.trained = [Trained(optimizer, params)]
         n = len(params)
         self.steps, self.spoilt, self.specs, self.streams = [0] * n, [False] * n, [None] * n, {}
+        self.moved = set()  # to another dtype since their last step
         self.train_on(training)
 
     def without_contradictions(self, options, matrix):
@@ -415,6 +416,7 @@ class Fuzz(RuleBasedStateMachine):
                 continue
             self.steps[i] += 1
             self.specs[i] = self.first.optimizer._spec(p, group)
+            self.moved.discard(i)
             self.streams.setdefault(i, self.first.state(i)["stream"])
             self.spoilt[i] |= not (p.grad.abs() < 1e3).all()
             if not self.spoilt[i] and self.must_move(p, group, self.kinds[i]):
@@ -484,6 +486,7 @@ class Fuzz(RuleBasedStateMachine):
             self.steps[i] += p.grad is not None
             if p.grad is not None:
                 self.specs[i] = self.first.optimizer._spec(p, group)
+                self.moved.discard(i)
                 self.streams.setdefault(i, self.first.state(i)["stream"])
 
     @constructed
@@ -583,7 +586,7 @@ class Fuzz(RuleBasedStateMachine):
     @constructed
     @rule(training=TRAINING, which=st.integers(0, 5), dtype=DTYPES)
     def move_to_another_dtype(self, which, dtype, training):
-        """As `module.to(dtype)` does; the state follows at the next step."""
+        """As `module.to(dtype)` does; the state follows at the next step, or when it is loaded."""
         which %= len(self.steps)
         if not self.first.params[which].isfinite().all():
             return
@@ -592,6 +595,7 @@ class Fuzz(RuleBasedStateMachine):
             p.grad = None
             p.data = p.data.to(dtype)
             one.places[which] = p.data_ptr()
+        self.moved.add(which)
         self.spoilt[which] |= dtype == torch.float16
         self.train_on(training)
 
@@ -643,6 +647,8 @@ class Fuzz(RuleBasedStateMachine):
     @constructed
     @rule(training=TRAINING)
     def save_and_load(self, training):
+        if self.moved:
+            self.load_own_state()
         file = io.BytesIO()
         torch.save(self.first.optimizer.state_dict(), file)
         file.seek(0)
@@ -663,10 +669,18 @@ class Fuzz(RuleBasedStateMachine):
     @constructed
     @rule(training=TRAINING)
     def load_its_own_state(self, training):
-        before = self.first.bits()
-        self.first.optimizer.load_state_dict(self.first.optimizer.state_dict())
-        assert self.first.bits() == before
+        self.load_own_state()
         self.train_on(training)
+
+    def load_own_state(self):
+        for one in self.trained:
+            before = one.bits()
+            one.optimizer.load_state_dict(one.optimizer.state_dict())
+            assert self.moved or one.bits() == before
+        for i in self.moved:
+            if self.steps[i]:
+                self.specs[i] = self.first.optimizer._spec(self.first.params[i], self.first.groups()[i])
+        self.moved.clear()
 
     # What is refused.
 
