@@ -384,7 +384,7 @@ def outer_step_(x: Entry, group: Group) -> None:
             w.mul_(1 - lr * group["weight_decay"])
         if group["outer"] != "none":
             g = gradients[j][s].to(w.dtype).reshape(w.shape)
-            w.sub_((g.sign() if group["outer"] == "sign" else g) * step)
+            w.sub_(g.sign().mul_(step) if group["outer"] == "sign" else g * step)
 
     rewrite_(x.p, view, edit, compute_dtype(x.p.dtype), rounding(x, group))
 

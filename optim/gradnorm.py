@@ -159,7 +159,7 @@ def _weights(matrix: Matrix, j: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
     weight, rest = view.members(matrix.p)[j], None if low is None else view.members(low)[j]
     lengths = matrix.member(matrix.state["lengths"], j)
     for s in blocks(weight, 0, dtype.itemsize):
-        w = widen(weight[s], None if rest is None else rest[s], dtype).reshape(-1, view.columns)
+        w = widen(weight[s], None if rest is None else rest[s], dtype, copy=False).reshape(-1, view.columns)
         norm = torch.linalg.vector_norm(w, dim=1)
         yield s, w, norm.copysign(lengths[s]).masked_fill_(norm < SHORTEST, 0)
 
@@ -171,7 +171,7 @@ def _reparametrized(matrix: Matrix, j: int) -> Iterator[tuple[slice, Tensor, Ten
         dw = gradient[s].to(w.dtype).reshape(w.shape)
         divisor = _or_one(radius)
         dg = (w * dw).sum(1).div_(divisor)
-        dv = (dw * divisor[:, None]).sub_(w * dg[:, None])  # g (G - <G, v> v), as W = g v
+        dv = (dw * divisor[:, None]).addcmul_(w, dg[:, None], value=-1)  # g (G - <G, v> v), as W = g v
         yield s, dv, dg
 
 

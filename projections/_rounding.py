@@ -29,10 +29,10 @@ class Rounding(NamedTuple):
 NEAREST = Rounding()
 
 
-def widen(w: Tensor, low: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """A copy of W in `dtype`; with `low` the float32 number that it stands for."""
+def widen(w: Tensor, low: Tensor | None, dtype: torch.dtype, *, copy: bool = True) -> Tensor:
+    """W in `dtype`, with `low` the float32 number that it stands for; a copy, or without `copy` maybe W itself."""
     if low is None:
-        return w.to(dtype, copy=True)
+        return w.to(dtype, copy=copy)
     if w.dtype == torch.bfloat16:
         return (w.view(torch.int16).to(torch.int32) << 16).add_(low).view(torch.float32)
     return w.to(dtype).addcmul_(low.to(dtype), _unit(w, dtype))

@@ -85,9 +85,10 @@ class Coordinates(IndexProjection):
         """The chosen rows (r x k, or a stack of them) of a parameter, in float32 (float64 for float64); `low` is what
         rounding took away from it."""
         rows, dtype = self._chosen(p, view, basis), compute_dtype(p.dtype)
-        return widen(rows, None if low is None else self._chosen(low, view, basis), dtype)
+        return widen(rows, None if low is None else self._chosen(low, view, basis), dtype, copy=False)
 
     def _chosen(self, p: Tensor, view: MatrixView, basis: Tensor) -> Tensor:
+        """A copy of the chosen rows, as they are stored."""
         if (w := matrix_in_place(p, view)) is None:
             rows = [member[place] for member, place in self._places(p, view, basis)]
         else:
@@ -106,6 +107,9 @@ class Coordinates(IndexProjection):
             rows: the new values, in float32 (float64 for float64).
             rounding: how a low-precision weight is rounded.
         """
+        if rows.dtype == p.dtype:
+            self._put_(p, view, basis, rows)
+            return
         values = torch.empty_like(rows, dtype=p.dtype)
         low = None if rounding.low is None else torch.empty_like(rows, dtype=torch.int16)
         # With bits that no entry of the parameter takes by its own place.
