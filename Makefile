@@ -17,10 +17,10 @@ finetune: $(VENV)/.finetune $(VENV)/.reviews
 	$(PY) examples/finetune.py $(ARGS)
 
 test: $(VENV)/.test
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n auto --dist loadscope $(ARGS)
 
 test-all: $(VENV)/.test $(VENV)/.reviews
-	SLIMSTATE_TEST_ALL=1 $(PY) -m pytest -m "" $(ARGS)
+	SLIMSTATE_TEST_ALL=1 $(PY) -m pytest -n auto --dist loadscope -m "" $(ARGS)
 
 check: $(VENV)/.check
 	mkdir -p build/typing/slimstate

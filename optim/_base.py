@@ -277,8 +277,9 @@ class Optimizer(torch.optim.Optimizer):
                 if not self._gradients(p):
                     continue
                 form = (p.dtype, p.device, *settings)
-                if "step" in self.state[p] and self._forms.get(p, form) != form:
-                    self._conform(p, group, self._forms[p][0])
+                known = self._forms.get(p, (None,))  # of a copy nothing is known
+                if "step" in self.state[p] and known != form:
+                    self._conform(p, group, known[0])
                 self._forms[p] = form
         for position, (name, p, group) in enumerate(self._named()):
             if not (only is None or p is only) or not self._gradients(p) or "step" in self.state[p]:
@@ -300,7 +301,7 @@ class Optimizer(torch.optim.Optimizer):
             if key not in passing
         }
 
-    def _conform(self, p: Tensor, group: Group, before: torch.dtype) -> None:
+    def _conform(self, p: Tensor, group: Group, before: torch.dtype | None) -> None:
         state, spec = self.state[p], self._spec(p, group)
         for key, value in state.items():
             if key in spec and tuple(value.shape) != (shape := spec[key][0]):
@@ -309,7 +310,7 @@ class Optimizer(torch.optim.Optimizer):
                     "the settings that its group has now: forget([parameter]) first"
                 )
         kept = {key: x.to(_home(key, p), spec[key][1]) for key, x in state.items() if key in spec}
-        if p.dtype != before:
+        if before not in (None, p.dtype):
             kept.pop("compensation", None)  # of other bits
         fresh = self._zeros(p, group)
         if (fresh.keys() - kept.keys()) & {"basis", "index"}:
@@ -449,7 +450,7 @@ class Optimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fills in what the state of an older checkpoint lacks."""
         super().__setstate__(state)
-        self._forms = self._present_forms()
+        self._forms = {}
         self.defaults.pop("differentiable", None)  # torch puts it there, and no group has it
         for position, (_, p, _) in enumerate(self._named()):
             if entry := self.state.get(p):

@@ -171,7 +171,7 @@ def _reparametrized(matrix: Matrix, j: int) -> Iterator[tuple[slice, Tensor, Ten
         dw = gradient[s].to(w.dtype).reshape(w.shape)
         divisor = _or_one(radius)
         dg = (w * dw).sum(1).div_(divisor)
-        dv = (dw * divisor[:, None]).addcmul_(w, dg[:, None], value=-1)  # g (G - <G, v> v), as W = g v
+        dv = (dw * divisor[:, None]).sub_(w * dg[:, None])  # g (G - <G, v> v), as W = g v
         yield s, dv, dg
 
 

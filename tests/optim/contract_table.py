@@ -42,7 +42,7 @@ below, *NO* is everything else. A new optimizer joins with a line in that file, 
 row, `@pytest.mark.contract("...")`.
 
 ```sh
-make test ARGS="-m contract --contract-table docs/contract.md"
+make test ARGS="-n 0 -m contract --contract-table=docs/contract.md"
 ```
 
 wrote this page, with PyTorch {version}.
@@ -124,6 +124,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if file := config.getoption("--contract-table"):
+        if config.getoption("numprocesses", None):
+            raise pytest.UsageError("--contract-table needs the tests in one process: add -n 0")
         config.pluginmanager.register(Table(file))
 
 

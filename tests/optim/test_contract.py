@@ -249,7 +249,7 @@ def test_an_optimizer_makes_no_promises_beyond_torchs(name):
     assert not hasattr(optimizer, "_step_supports_amp_scaling")  # else GradScaler would leave the unscaling to it
     assert "step" not in vars(optimizer)
     kind = type(optimizer)
-    for method in ("state_dict", "zero_grad", "register_step_post_hook"):
+    for method in ("state_dict", "register_step_post_hook"):
         assert getattr(kind, method) is getattr(torch.optim.Optimizer, method)
 
 
