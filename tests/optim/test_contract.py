@@ -706,18 +706,6 @@ def test_other_hooks_fire_and_foreign_state_entries_survive(name):
     assert state_bytes(optimizer) > 0
 
 
-def other_shapes():
-    return torch.nn.Sequential(torch.nn.Linear(20, 12), torch.nn.Linear(12, 24))
-
-
-def one_more():
-    return torch.nn.Sequential(torch.nn.Linear(20, 12), torch.nn.Linear(12, 20), torch.nn.Linear(20, 9))
-
-
-def same_size_other_way():
-    return torch.nn.Sequential(torch.nn.Linear(12, 20), torch.nn.Linear(20, 12))
-
-
 # What acts on an optimizer from outside.
 
 
