@@ -119,7 +119,7 @@ def refresh_of(gradient: Tensor, rank: int | float, projection: str) -> Callable
     optimizer.step()
     group, state = optimizer.param_groups[0], optimizer.state[p]
     rule = optimizer._projection(group)
-    matrix = Matrix(p, gradient, state, 2.0, (group["seed"], state["stream"], 2), optimizer._view(p, group))
+    matrix = Matrix(p, None, p, gradient, state, 2.0, (group["seed"], state["stream"], 2), optimizer._view(p, group))
     return torch.no_grad()(lambda: optimizer._refresh(matrix, group, rule, scheduled=True))
 
 

@@ -18,6 +18,7 @@ from slimstate.ops import Key, counter_key
 from slimstate.projections._numbers import Number
 
 from ._loading import check_layout, check_plain, misfit, other_entries, read_step, read_stream, read_tensor, regrouped
+from ._sharding import Part, local, part_of, total_
 
 __all__ = ["Entry", "Group", "Optimizer", "Spec", "State", "refuse"]
 
@@ -77,13 +78,17 @@ class Entry:
     """A parameter in a step.
 
     Args:
-        p: the parameter.
-        gradient: its gradient; None where it was projected during the backward pass.
-        state: the optimizer's state of p.
+        param: the parameter as its group holds it.
+        part: where it lies in the whole parameter; None where it is whole.
+        p: what this process holds of it.
+        gradient: the gradient of p; None where it was projected during the backward pass.
+        state: what this process holds of its state.
         step: which step of its own this is, from 1 on. A tensor in compiled code, as every number that changes.
         draw: what its random bits in this step depend on: (seed, stream, step), or all keys (PURPOSES,) as a tensor.
     """
 
+    param: Tensor
+    part: Part | None
     p: Tensor
     gradient: Tensor | None
     state: State
@@ -137,6 +142,21 @@ class Optimizer(torch.optim.Optimizer):
         """The keys of `_spec` that come and go; a state may be without them."""
         return frozenset()
 
+    def _axes(self, key: str, p: Tensor, group: Group) -> str:
+        """The axes of a state's tensor, for a parameter that is divided; see `Part`."""
+        return "".join(map(str, range(p.ndim)))
+
+    def _part(self, p: Tensor, group: Group) -> Part | None:
+        """Where what this process holds of a parameter lies in it; None where it is whole.
+
+        Raises:
+            ValueError: for a way to divide it that this optimizer cannot step with; says what to use.
+        """
+        return part_of(p, None)
+
+    def _select_states(self, group: Group, params: list[Tensor]) -> None:
+        """Creates and drops what comes and goes in the states of parameters that are about to take a step."""
+
     def _arranged(self, group: Group, entries: list[Entry]) -> Any:
         """What `_step_group` is given; here everything happens that depends on values: refreshes, states that come and
         go, who is due. Never compiled."""
@@ -146,6 +166,9 @@ class Optimizer(torch.optim.Optimizer):
         """Updates parameters, from what `_arranged` returned for those of the group that have a gradient; their `step`
         already counts this step. Compiled by torch.compile: a function of tensors."""
         raise NotImplementedError
+
+    def _exchange(self, prepared: list[tuple[Group, Any]]) -> None:
+        """Sums over processes what a step needs of parameters that are divided, for all of them at once."""
 
     def _check_group(self, group: Group) -> None:
         if group["nonfinite"] not in NONFINITE:
@@ -169,9 +192,13 @@ class Optimizer(torch.optim.Optimizer):
                 if isinstance(p, Tensor) and not (p.is_floating_point() and p.layout == torch.strided):
                     found = p.dtype if p.layout == torch.strided else p.layout
                     raise ValueError(f"{type(self).__name__} takes dense real floating-point parameters, got {found}")
-                if hasattr(p, "placements"):
-                    raise NotImplementedError(f"{type(self).__name__} does not take sharded parameters (DTensor) yet")
+                refuse_flat(p)
         self._check_group(group)
+        if isinstance(group["params"], list):
+            for p in group["params"]:
+                p = p[1] if isinstance(p, tuple) else p
+                if isinstance(p, Tensor):
+                    self._part(p, group)
         super().add_param_group(group | {"nonfinite_steps": 0})
 
     @overload
@@ -216,20 +243,27 @@ class Optimizer(torch.optim.Optimizer):
         self._create_states()
         prepared = []
         for group in self.param_groups:
-            entries = [self._entry(p, group, compiling) for p in group["params"] if self._gradients(p)]
+            params = [p for p in group["params"] if self._gradients(p)]
+            for p in params:
+                self.state[p]["step"] += 1
+            self._select_states(group, params)
+            entries = [self._entry(p, group, compiling) for p in params]
             settings = group | {key: _number(group[key], compiling) for key in SCHEDULED if key in group}
             prepared.append((settings, self._arranged(group, entries)))
+        self._exchange(prepared)
         return prepared
 
     def _entry(self, p: Tensor, group: Group, compiling: bool) -> Entry:
-        state = self.state[p]
-        state["step"] += 1
+        state, part = self.state[p], self._part(p, group)
+        if part is not None:
+            state = {key: local(x) if isinstance(x, Tensor) else x for key, x in state.items()}
         step = state["step"].item()
         draw = (group["seed"], state["stream"], int(step))
+        own = (p, part, local(p), _gradient(p), state)
         if not compiling:
-            return Entry(p, p.grad, state, step, draw)
+            return Entry(*own, step, draw)
         keys = [counter_key(*draw, purpose) for purpose in range(PURPOSES)]
-        return Entry(p, p.grad, state, state["step"].double(), torch.tensor(keys))
+        return Entry(*own, state["step"].double(), torch.tensor(keys))
 
     def _gradients(self, p: Tensor) -> tuple[Tensor, ...]:
         """What there is of its gradient: nothing, all of it, or what was made of it during the backward pass."""
@@ -248,25 +282,35 @@ class Optimizer(torch.optim.Optimizer):
 
     def _skips(self) -> bool:
         """Whether a gradient that is not finite stops this step, by the policies of the groups; counts those."""
-        stopped = []
-        for group in self.param_groups:
-            if group["nonfinite"] == "propagate":
-                continue
-            grads = [g for p in group["params"] for g in self._gradients(p) if g.numel()]
-            if not get_total_norm(grads, math.inf).isfinite():
-                group["nonfinite_steps"] = group.get("nonfinite_steps", 0) + 1
-                stopped.append(group)
+        watched = [group for group in self.param_groups if group["nonfinite"] != "propagate"]
+        stopped = [group for group, bad in zip(watched, self._are_bad(watched), strict=True) if bad]
+        for group in stopped:
+            group["nonfinite_steps"] = group.get("nonfinite_steps", 0) + 1
         for group in stopped:
             if group["nonfinite"] == "raise":
-                names = [name for name, p, g in self._named() if g is group and self._is_bad(p)]
+                everything = [(name, {"params": [p]}) for name, p, g in self._named() if g is group]
+                bad = self._are_bad([group for _, group in everything])
+                names = [name for (name, _), one in zip(everything, bad, strict=True) if one]
                 raise FloatingPointError(
                     f"the gradients of {len(names)} parameters are not finite, such as that of {names[0]}; nothing was "
                     "changed (nonfinite='skip' goes on without such steps, 'propagate' takes them as torch does)"
                 )
         return bool(stopped)
 
-    def _is_bad(self, p: Tensor) -> bool:
-        return not all(g.isfinite().all() for g in self._gradients(p))
+    def _are_bad(self, groups: list[Group]) -> list[bool]:
+        """Which groups have a gradient that is not finite, in any process that holds a part of one."""
+        flags, everywhere = [], []
+        for group in groups:
+            held = [(p, g) for p in group["params"] for g in self._gradients(p)]
+            grads = [x for _, g in held if (x := local(g)).numel()]
+            flag = (~get_total_norm(grads, math.inf).isfinite()).float().view(1)
+            meshes = dict.fromkeys(p.device_mesh for p, _ in held if hasattr(p, "placements"))
+            if meshes:
+                flag = flag.to(next(iter(meshes)).device_type)
+            flags.append(flag)
+            everywhere += [(flag, tuple(mesh.get_all_groups())) for mesh in meshes]
+        total_(everywhere, largest=True)
+        return [bool(flag) for flag in flags]
 
     def _create_states(self, only: Tensor | None = None) -> None:
         """Gives each parameter that has a gradient, or only one, the state that `_spec` says: creates it at first, and
@@ -293,13 +337,17 @@ class Optimizer(torch.optim.Optimizer):
     def _present_forms(self) -> dict[Tensor, tuple[Any, ...]]:
         return {p: (p.dtype, p.device, *_forming(group)) for _, p, group in self._named() if p in self.state}
 
-    def _zeros(self, p: Tensor, group: Group) -> State:
-        passing = self._passing(p, group)
-        return {
-            key: torch.zeros(shape, dtype=dtype, device=_home(key, p))
-            for key, (shape, dtype) in self._spec(p, group).items()
-            if key not in passing
-        }
+    def _zeros(self, p: Tensor, group: Group, keys: Iterable[str] | None = None) -> State:
+        """New tensors of a state: those of these keys, or all that do not come and go."""
+        spec, part = self._spec(p, group), self._part(p, group)
+        state = {}
+        for key in spec.keys() - self._passing(p, group) if keys is None else keys:
+            (shape, dtype), home = spec[key], _home(key, p)
+            if part is None or key in COUNTERS:
+                state[key] = torch.zeros(shape, dtype=dtype, device=home)
+            else:
+                state[key] = part.zeros(shape, dtype, home, self._axes(key, p, group))
+        return {key: state[key] for key in spec if key in state}
 
     def _conform(self, p: Tensor, group: Group, before: torch.dtype | None) -> None:
         state, spec = self.state[p], self._spec(p, group)
@@ -434,9 +482,12 @@ class Optimizer(torch.optim.Optimizer):
                 f"the state of parameter {name} has an entry {min(map(str, unknown))!r}, which is unknown here"
             )
         absent = frozenset() if passing & state.keys() else passing
+        part = self._part(p, group)
         for entry, (shape, dtype) in spec.items():
-            if entry not in absent:
-                accepted[entry] = read_tensor(entry, state.get(entry), shape, dtype, _home(entry, p), name)
+            if entry in absent:
+                continue
+            axes = None if part is None or entry in COUNTERS else self._axes(entry, p, group)
+            accepted[entry] = read_tensor(entry, state.get(entry), shape, dtype, _home(entry, p), name, part, axes)
         self._check_state(name, p, group, accepted)
         return accepted
 
@@ -477,6 +528,32 @@ def _home(key: str, p: Tensor) -> torch.device:
 def _forming(group: Group) -> tuple[Any, ...]:
     """The settings that the form of a state may depend on."""
     return tuple(value for key, value in group.items() if key not in NOT_FORMING and not isinstance(value, Tensor))
+
+
+def _gradient(p: Tensor) -> Tensor | None:
+    """What this process holds of a parameter's gradient, divided as the parameter is."""
+    grad = p.grad
+    if grad is not None and hasattr(p, "placements") and grad.placements != p.placements:  # type: ignore[attr-defined]
+        grad = grad.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]
+    return None if grad is None else local(grad)
+
+
+def refuse_flat(p: Any) -> None:
+    """Raises for a parameter that a wrapper has flattened: what it shows is not its shape.
+
+    Raises:
+        NotImplementedError: for a parameter of FSDP1 or DeepSpeed's ZeRO-3; says what to use.
+    """
+    if getattr(p, "_fsdp_flattened", False) or type(p).__name__ == "FlatParameter":
+        raise NotImplementedError(
+            "FullyShardedDataParallel (FSDP1) shows flattened pieces of parameters, which have lost their shapes: use "
+            "torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
+    if hasattr(p, "ds_id"):
+        raise NotImplementedError(
+            "DeepSpeed's ZeRO stage 3 shows empty parameters, which have lost their shapes: use "
+            "torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
 
 
 def _number(value: Any, compiling: bool) -> Any:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._sharding import Part
+
 __all__ = [
     "check_layout",
     "check_plain",
@@ -193,7 +195,14 @@ def read_stream(value: Any, name: str) -> int:
 
 
 def read_tensor(
-    entry: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, name: str
+    entry: str,
+    value: Any,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    name: str,
+    part: Part | None = None,
+    axes: str | None = None,
 ) -> Tensor:
     """A copy of a state's tensor, of its own memory, on the device where it belongs. Floating point is brought to the
     dtype that the state has here: torch.optim.AdamW keeps moments in the parameter's.
@@ -202,14 +211,22 @@ def read_tensor(
         ValueError: for another type or shape, for another dtype of indices, codes and counters, and for counters and
             indices below zero.
     """
+    whole = value
+    if isinstance(value, Tensor) and tuple(value.shape) == shape:
+        if part is not None and axes is not None:
+            value = part.own(value, axes)
+        elif hasattr(value, "full_tensor"):
+            value = value.full_tensor()
+    sizes = shape if value is whole or part is None or axes is None else tuple(part.sizes(shape, axes))
     fits = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta and not value.is_nested
-    if not fits or tuple(value.shape) != shape:
+    if not fits or tuple(value.shape) != sizes:
         raise misfit(f"{entry!r} of parameter {name} must have shape {shape}, found {_found(value)}")
     if value.dtype != dtype and not (value.is_floating_point() and dtype.is_floating_point):
         raise misfit(f"{entry!r} of parameter {name} must be {dtype}, found {value.dtype}")
     if dtype == torch.int32 and value.numel() and value.min() < 0:
         raise misfit(f"{entry!r} of parameter {name} counts, and cannot be {value.min().item()}")
-    return torch.empty(shape, dtype=dtype, device=device).copy_(value.detach())
+    copied = torch.empty(sizes, dtype=dtype, device=device).copy_(value.detach())
+    return copied if part is None or axes is None else part.join(copied, axes, shape)
 
 
 def _found(value: Any) -> str:

@@ -22,6 +22,7 @@ from slimstate.projections._matrix import SIDES
 from ._adam import adamw_step_, check_adam, is_number, moments_spec, store_, weight_spec
 from ._base import Entry, Group, Optimizer, Spec, State
 from ._loading import misfit
+from ._sharding import Part, Ranks, local, part_of, total_
 from .groups import shape_text, table
 
 if TYPE_CHECKING:
@@ -42,12 +43,17 @@ class Matrix(Entry):
     """A projected parameter in a step.
 
     Args:
-        view: how it is seen as a matrix, or a stack of them.
-        reduced: what `_reduce` made of its gradient where that is gone already.
+        view: how p is seen as a matrix, or a stack of them.
+        reduced: what `_reduce` made of its gradient where that was needed, or is gone, already.
     """
 
     view: MatrixView
     reduced: tuple[Tensor, ...] | None = None
+
+    @property
+    def whole(self) -> MatrixView:
+        """How the whole parameter is seen."""
+        return self.view if self.part is None or self.part.view is None else self.part.view
 
     @property
     def m(self) -> Tensor:
@@ -82,11 +88,17 @@ class ProjectedOptimizer(Optimizer):
 
     transports: ClassVar[tuple[str, ...]] = ("rotate", "keep", "reset")
 
+    axes: ClassVar[dict[str, str]] = {"exp_avg": "rk", "exp_avg_sq": "rk", "basis": ".r", "index": "r"}
+    """The axes of what is kept of a projected matrix, where they are not the parameter's own; see `Part`."""
+
     shares: ClassVar[tuple[str, ...]] = ("rank",)
     """The keys of which one, where it is not None, says how much of a group's matrices is selected."""
 
     _in_backward: "InBackward | None" = None
     """The per-layer mode, while it is on; a copy of the optimizer is without."""
+
+    _sharing: Ranks | None = None
+    """Who shares the work of refreshes of parameters that everyone has; a copy of the optimizer is without."""
 
     def __init__(self, params: ParamsT, defaults: Group) -> None:
         defaults = defaults | self._unfolded(defaults)
@@ -314,17 +326,28 @@ class ProjectedOptimizer(Optimizer):
         if self._in_backward is not None:
             self._in_backward.drop()
 
+    def _axes(self, key: str, p: Tensor, group: Group) -> str:
+        if key not in self.axes or not self._is_projected(p, group):
+            return super()._axes(key, p, group)
+        return "b" * len(self._view(p, group).lead) + self.axes[key]
+
+    def _part(self, p: Tensor, group: Group) -> Part | None:
+        return part_of(p, self._view(p, group) if self._is_projected(p, group) else None)
+
     def _check_state(self, name: str, p: Tensor, group: Group, state: State) -> None:
         super()._check_state(name, p, group, state)
         if not self._is_projected(p, group):
             return
+        state = {key: local(x) if isinstance(x, Tensor) else x for key, x in state.items()}
         if not state["step"]:  # a basis may be there, see `in_backward`
             for key in self._moments_spec(p, group, tuple(p.shape)):
                 if state[key].any():
                     raise misfit(f"{key!r} of parameter {name} is not zero, which cannot be at its 'step' 0")
         if (index := state.get(IndexProjection.key)) is None:
             return
-        d, fitted = self._view(p, group).d, state["refreshes"].to(index.device) > 0
+        d, part, fitted = self._view(p, group).d, self._part(p, group), state["refreshes"].to(index.device) > 0
+        if part is not None:
+            fitted = part.cut(fitted, "b" * fitted.ndim)
         if (index >= d).any() or ((index.diff() <= 0).any(-1) & fitted).any():
             raise misfit(f"'index' of parameter {name} must be sorted, without repetitions and below {d}")
 
@@ -353,24 +376,50 @@ class ProjectedOptimizer(Optimizer):
         if not places:
             return Arranged(entries, [])
         projection = self._projection(group)
-        dense, matrices = [], []
+        dense, matrices = [x for x in entries if x.param not in places], []
+        due_now: list[tuple[Matrix, bool]] = []
         for x in entries:
-            if x.p not in places:
-                dense.append(x)
+            if x.param not in places:
                 continue
-            view = projection.view(tuple(x.p.shape), group["batch_dims"])
-            matrix = Matrix(x.p, x.gradient, x.state, x.step, x.draw, view)
+            matrix = _matrix(x, projection, group)
+            matrices.append(matrix)
             if x.gradient is not None:
                 step = int(x.state["step"])  # at the first, a basis that is there already is one of this gradient
-                scheduled = step > 1 and due(step, places[x.p], len(places), group["update_proj_gap"])
-                self._refresh(matrix, group, projection, scheduled=scheduled)
+                scheduled = step > 1 and due(step, places[x.param], len(places), group["update_proj_gap"])
+                due_now.append((matrix, scheduled))
+        self._refresh_all(due_now, group, projection)
+        for i, x in enumerate(matrices):
             if self._in_backward is not None:  # those that kept their gradients too: for the norm, and for compilers
-                reduced = self._in_backward.reduced.get(x.p) or self._reduce(matrix, group, projection)
-                matrix = replace(matrix, gradient=None, reduced=reduced)
+                reduced = self._in_backward.reduced.get(x.param) or self._reduce(x, group, projection)
+                matrices[i] = replace(x, gradient=None, reduced=reduced)
             if "age" in x.state:
                 x.state["age"] += 1
-            matrices.append(matrix)
-        return Arranged(dense, [(some, projection) for some in _in_blocks(matrices, projection)])
+        whole = [x for x in matrices if x.part is None]
+        divided = [self._divided(x, group, projection) for x in matrices if x.part is not None]
+        lists = [(some, projection) for some in _in_blocks(whole, projection)]
+        return Arranged(dense, lists + [pair for pair in divided if pair is not None])
+
+    def _divided(self, matrix: Matrix, group: Group, projection: Projection) -> tuple[list[Matrix], Projection] | None:
+        """A matrix of which this process holds a part, and the projection as it acts on that; None for an empty one.
+
+        Where the compressed axis is divided, this process has some rows of Q, and adds its share to R.
+        """
+        assert matrix.part is not None
+        if not matrix.part.divides("d"):
+            return ([matrix], projection) if matrix.p.numel() else None
+        matrix, projection = self._on_rows(matrix, projection)
+        return [replace(matrix, reduced=self._reduce(matrix, group, projection))], projection
+
+    def _on_rows(self, matrix: Matrix, projection: Projection) -> tuple[Matrix, Projection]:
+        """A matrix of which this process has some rows d, with these rows of its basis."""
+        assert matrix.part is not None
+        rows = matrix.part.cut(matrix.state[projection.key], "b" * len(matrix.view.lead) + "dr")
+        return replace(matrix, state=matrix.state | {projection.key: rows}), projection
+
+    def _exchange(self, prepared: list[tuple[Group, Any]]) -> None:
+        """Sums the projections R of matrices whose compressed axis is divided."""
+        matrices = [x for _, arranged in prepared for some, _ in arranged.matrices for x in some if x.part is not None]
+        total_([(x.reduced[0], x.part.groups("d")) for x in matrices if x.reduced is not None and x.part is not None])
 
     def _step_group(self, group: Group, entries: Arranged) -> None:
         self._dense_step_(entries.dense, group)
@@ -378,32 +427,136 @@ class ProjectedOptimizer(Optimizer):
             reduced = [x.reduced or self._reduce(x, group, projection) for x in some]
             self._update(some, reduced, group, projection)
 
+    def _refresh_all(self, matrices: list[tuple[Matrix, bool]], group: Group, projection: Projection) -> None:
+        """Fits the bases that are due, as the flags say, together with the processes that hold or share them."""
+        together: dict[Ranks, list[Task]] = {}
+        for matrix, scheduled in matrices:
+            if (ranks := self._ranks(matrix)) is None:
+                self._refresh(matrix, group, projection, scheduled=scheduled)
+            else:
+                together.setdefault(ranks, []).extend(_tasks(matrix, scheduled))
+        for ranks, tasks in together.items():
+            for i in range(0, len(tasks), len(ranks)):
+                self._refresh_together(tasks[i : i + len(ranks)], ranks, group, projection)
+        counted = [(x.state["refreshes"].to(x.p.device), x) for x, _ in matrices if x.part and x.part.divides("b")]
+        total_([(counts, x.part.groups("b")) for counts, x in counted if x.part], largest=True)
+        for counts, x in counted:
+            x.state["refreshes"].copy_(counts)
+
+    def _ranks(self, matrix: Matrix) -> Ranks | None:
+        """The processes that refresh a matrix together; None where this one does it alone."""
+        return self._sharing if matrix.part is None else matrix.part.ranks
+
     def _refresh(self, matrix: Matrix, group: Group, projection: Projection, *, scheduled: bool) -> None:
         """Fits a new basis where it is due, and carries the moments over.
 
         A matrix that has no basis yet is due at every step. One whose gradient is zero or not finite keeps what it has.
         """
+        for task in _tasks(matrix, scheduled):
+            gradient = self._fitted_to(matrix, group, task.j)
+            if _usable(largest_magnitude(gradient).item()):
+                self._renew_(task, group, projection, projection.fit(gradient, task.old(projection), task.counter))
+
+    def _refresh_together(self, tasks: list["Task"], ranks: Ranks, group: Group, projection: Projection) -> None:
+        """As `_refresh`, one matrix for each process: what a fit needs of the parts is summed where it is fitted."""
+        gradients = [self._fitted_to(task.matrix, group, task.j) for task in tasks]
+        sizes = torch.stack([_largest(gradient) for gradient in gradients])
+        total_([(sizes, ranks.summing)], largest=True)
+        work = []
+        for i, (task, gradient, size) in enumerate(zip(tasks, gradients, sizes.tolist(), strict=True)):
+            if not _usable(size):
+                continue
+            view, part = task.matrix.whole, task.matrix.part
+            rank, old, owner = projection.rank_of(view.d, view.k), task.old(projection), ranks.owner(i)
+            if projection.blind:
+                shape = gradient.new_zeros(()).expand(view.d, view.k)
+                self._renew_(task, group, projection, projection.fit(shape, old, task.counter))
+                continue
+            sketch = None
+            if part is not None and ranks.summing:
+                m = part.along_k(gradient)
+                sketch = projection.sketch(m, rank, size, old, task.counter, lambda x: total_([(x, ranks.summing)]))
+                ranks.sum_(sketch, owner)
+            work.append((task, gradient, old, rank, sketch, owner))
+        fitted = []
+        for task, gradient, old, rank, sketch, owner in work:
+            if ranks.place != owner:
+                dtype = projection.dtype_of(gradient.dtype)
+                q = torch.empty(task.matrix.whole.d, rank, dtype=dtype, device=gradient.device)
+            elif sketch is None:
+                q = projection.fit(gradient, old, task.counter)
+            else:
+                q = projection.solve(sketch, rank)
+            fitted.append(q)
+        for (task, *_, owner), q in zip(work, fitted, strict=True):
+            ranks.broadcast_(q, owner)
+            self._renew_(task, group, projection, q)
+
+    def _renew_(self, task: "Task", group: Group, projection: Projection, new: Tensor) -> None:
+        """Gives a matrix its new basis, and carries the moments over."""
+        matrix, j = task.matrix, task.j
         state = matrix.state
-        refreshes = state["refreshes"].view(-1)
-        if not scheduled and all(refreshes.tolist()):
-            return
-        changed = False
-        for j, count in enumerate(refreshes.tolist()):
-            if count and not scheduled:
-                continue
-            gradient, basis = self._fitted_to(matrix, group, j), matrix.member(state[projection.key], j)
-            size = largest_magnitude(gradient).item()
-            if not torch.finfo(torch.float32).tiny <= size < math.inf:
-                continue
-            old = basis.clone() if count else None
-            basis.copy_(projection.fit(gradient, old, (state["stream"], count, j)))
-            refreshes[j] += 1
-            changed |= old is not None
-            if old is not None and group["transport"] == "rotate":
-                self._rotate_(matrix, group, j, projection.overlap(basis, old))
-        if changed and group["transport"] == "reset":
-            for key in (*self._moments_spec(matrix.p, group, matrix.view.shape), "age"):
+        old = None if (old := task.old(projection)) is None else old.clone()
+        basis = matrix.member(state[projection.key], j)
+        basis.copy_(new)
+        state["refreshes"].view(-1)[task.place] += 1
+        if old is not None and group["transport"] == "rotate":
+            self._rotate_(matrix, group, j, projection.overlap(basis, old))
+        if old is not None and group["transport"] == "reset":
+            for key in (*self._moments_spec(matrix.param, group, matrix.whole.shape), "age"):
                 state[key].zero_()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Task:
+    """A basis that is due.
+
+    Args:
+        matrix: whose it is.
+        j: which matrix of the stack that is here.
+        place: which matrix of the whole stack.
+        count: how many bases it has had.
+    """
+
+    matrix: Matrix
+    j: int
+    place: int
+    count: int
+
+    @property
+    def counter(self) -> tuple[int, int, int]:
+        """What its random draws depend on."""
+        return (self.matrix.state["stream"], self.count, self.place)
+
+    def old(self, projection: Projection) -> Tensor | None:
+        """The basis that it has."""
+        return self.matrix.member(self.matrix.state[projection.key], self.j) if self.count else None
+
+
+def _tasks(matrix: Matrix, scheduled: bool) -> list[Task]:
+    counts = matrix.state["refreshes"].view(-1).tolist()
+    here = list(range(len(counts)))
+    if matrix.part is not None and matrix.part.divides("b"):
+        here = matrix.part.cut(torch.arange(len(counts)), "b").tolist()
+    return [Task(matrix, j, i, counts[i]) for j, i in enumerate(here) if scheduled or not counts[i]]
+
+
+def _largest(gradient: Tensor) -> Tensor:
+    """max|G|, of an empty part too; infinite where an entry is not a number, which a maximum over processes loses."""
+    if not gradient.numel():
+        return gradient.new_zeros((), dtype=compute_dtype(gradient.dtype))
+    largest = largest_magnitude(gradient).to(compute_dtype(gradient.dtype))
+    return largest.nan_to_num(math.inf, math.inf)
+
+
+def _usable(largest: float) -> bool:
+    """Whether a basis can be fitted to a gradient whose largest entry this is."""
+    return torch.finfo(torch.float32).tiny <= largest < math.inf
+
+
+def _matrix(x: Entry, projection: Projection, group: Group) -> Matrix:
+    view = projection.view(tuple(x.p.shape), group["batch_dims"]) if x.part is None else x.part.here
+    return Matrix(x.param, x.part, x.p, x.gradient, x.state, x.step, x.draw, view)
 
 
 @lru_cache(maxsize=256, typed=True)  # rank 1 and rank 1.0 are not the same

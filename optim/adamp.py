@@ -390,14 +390,12 @@ class SGDP(TangentOptimizer):
     def _passing(self, p: Tensor, group: Group) -> frozenset[str]:
         return frozenset({"momentum_buffer"})
 
-    def _arranged(self, group: Group, entries: list[Entry]) -> list[Entry]:
-        for x in entries:  # a scheduler may have raised the momentum from zero, or brought it there
+    def _select_states(self, group: Group, params: list[Tensor]) -> None:
+        for p in params:  # a scheduler may have raised the momentum from zero, or brought it there
             if not group["momentum"]:
-                x.state.pop("momentum_buffer", None)
-            elif "momentum_buffer" not in x.state:
-                shape, dtype = self._spec(x.p, group)["momentum_buffer"]
-                x.state["momentum_buffer"] = torch.zeros(shape, dtype=dtype, device=x.p.device)
-        return entries
+                self.state[p].pop("momentum_buffer", None)
+            elif "momentum_buffer" not in self.state[p]:
+                self.state[p].update(self._zeros(p, group, ["momentum_buffer"]))
 
     def _decay(self, group: Group) -> Number:
         rate: Number = group["weight_decay"] / (1 - group["momentum"])

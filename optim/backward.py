@@ -218,7 +218,7 @@ class InBackward:
         state = optimizer.state[p]
         step = int(state["step"]) + 1
         draw = (found.group["seed"], state["stream"], step)
-        matrix = Matrix(p, p.grad, state, float(step), draw, found.view)
+        matrix = Matrix(p, None, p, p.grad, state, float(step), draw, found.view)
         if not _has_bases(state):
             optimizer._refresh(matrix, found.group, found.projection, scheduled=False)
         return optimizer._reduce(matrix, found.group, found.projection) if _has_bases(state) else None

@@ -23,7 +23,7 @@ from slimstate.projections._numbers import addmm_
 from ._adam import check_adam, is_number, rounding, weight_spec
 from ._base import Entry, Group, Spec, State, refuse
 from ._loading import misfit
-from ._projected import Arranged, Matrix, ProjectedOptimizer
+from ._projected import Matrix, ProjectedOptimizer
 from ._rules import RULES, directions, rule_spec, whole_step_
 
 __all__ = ["FRUGAL"]
@@ -300,16 +300,13 @@ class FRUGAL(ProjectedOptimizer):
 
     # Steps.
 
-    def _arranged(self, group: Group, entries: list[Entry]) -> Arranged:
-        if group["projection"] == "blocks":
-            self._take_turns_(group, {x.p: x for x in entries})
-        return super()._arranged(group, entries)
-
-    def _take_turns_(self, group: Group, entries: dict[Tensor, Entry]) -> None:
+    def _select_states(self, group: Group, params: list[Tensor]) -> None:
         """Gives moments to the tensors whose turn it is, and takes them from the others."""
-        tensors = [p for p in group["params"] if self._is_chosen(p, group)]
+        if group["projection"] != "blocks":
+            return
+        tensors, present = [p for p in group["params"] if self._is_chosen(p, group)], set(params)
         for place, p in enumerate(tensors):
-            if p not in entries:
+            if p not in present:
                 continue
             state, moments = self.state[p], rule_spec(p, group, tuple(p.shape))
             step = int(state["step"])
@@ -321,13 +318,12 @@ class FRUGAL(ProjectedOptimizer):
             selecting = (step - 1) % group["update_proj_gap"] == 0 and self._count(group, len(tensors)) < len(tensors)
             if selecting or not moments.keys() <= state.keys():
                 state["age"].zero_()
-                for key, (shape, dtype) in moments.items():
-                    state[key] = torch.zeros(shape, dtype=dtype, device=p.device)
+                state.update(self._zeros(p, group, moments))
             state["age"] += 1
 
     def _dense_step_(self, entries: list[Entry], group: Group) -> None:
-        chosen = [x for x in entries if self._is_chosen(x.p, group)]
-        whole_step_([x for x in entries if not self._is_chosen(x.p, group)], group)
+        chosen = [x for x in entries if self._is_chosen(x.param, group)]
+        whole_step_([x for x in entries if not self._is_chosen(x.param, group)], group)
         if group["projection"] == "blocks":
             self._step_in_turns_(chosen, group)
         elif group["density"] != 0:
@@ -338,7 +334,7 @@ class FRUGAL(ProjectedOptimizer):
 
     @torch.compiler.disable  # which tensors have moments changes, and would be compiled anew each time
     def _step_in_turns_(self, entries: list[Entry], group: Group) -> None:
-        selected = [x for x in entries if rule_spec(x.p, group, ()).keys() <= x.state.keys()]
+        selected = [x for x in entries if rule_spec(x.param, group, ()).keys() <= x.state.keys()]
         whole_step_(selected, group, scale=group["scale"], aged=True)
         for x in entries:
             if x not in selected:

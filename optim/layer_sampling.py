@@ -97,8 +97,6 @@ class LayerSampler:
             )
         if active > len(self._layers):
             raise ValueError(f"active={active!r} layers were asked for, but {len(self._layers)} of {found} can train")
-        if any(hasattr(p, "placements") for params in self._layers.values() for p in params):
-            raise NotImplementedError(f"{type(self).__name__} does not take sharded parameters (DTensor) yet")
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         missing = [names[id(p)] for params in self._layers.values() for p in params if id(p) not in held]
         if missing:

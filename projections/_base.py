@@ -67,6 +67,9 @@ class Projection(ABC):
     side: Side = "auto"
     seed: int = 0
 
+    blind: ClassVar[bool] = False
+    """Whether `fit` looks at nothing of M but its shape."""
+
     key: ClassVar[str]
     """The name under which what `fit` returns is kept in an optimizer's state."""
 
@@ -100,6 +103,31 @@ class Projection(ABC):
             old: what was returned for this matrix last time, None at first.
             counter: numbers the draw: the parameter's stream, the refresh count, and the place in a stack.
         """
+
+    def sketch(
+        self,
+        m: Tensor,
+        rank: int,
+        largest: float,
+        old: Tensor | None,
+        counter: tuple[int, ...],
+        sum_: Callable[[Tensor], None],
+    ) -> Tensor:
+        """The share of M's columns in what `solve` needs: the sum over all columns of M.
+
+        Args:
+            m: some of M's columns (d x c), maybe none.
+            rank: r, for all of M.
+            largest: max|M|.
+            old: as in `fit`.
+            counter: as in `fit`.
+            sum_: sums a tensor over all shares, in place, for what must be known on the way.
+        """
+        raise NotImplementedError
+
+    def solve(self, sketch: Tensor, rank: int) -> Tensor:
+        """Q (d x r), from the sum of all sketches."""
+        raise NotImplementedError
 
     @abstractmethod
     def down(self, m: Tensor, basis: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -41,6 +41,8 @@ class Coordinates(IndexProjection):
 
     axis: Axis = "columns"
     contiguous: bool = False
+
+    blind: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

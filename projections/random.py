@@ -1,6 +1,7 @@
 """A basis drawn at random."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ class RandomOrthogonal(DenseProjection):
     It captures r/d of the energy on average and needs nothing of the gradient: no decomposition, and nothing to
     communicate under sharding. Drawn and orthonormalised on the CPU, so that every rank and device gets the same bits.
     """
+
+    blind: ClassVar[bool] = True
 
     def fit(self, m: Tensor, old: Tensor | None, counter: tuple[int, ...]) -> Tensor:
         """A fresh basis (d x r) for this seed and `counter`; only the shape, dtype and device of `m` matter."""

@@ -1,5 +1,6 @@
 """Bases that follow the gradient: its leading singular vectors, exact or tracked by power iteration."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,11 +35,27 @@ class SVD(DenseProjection):
         """The leading singular vectors (d x r); neither `old` nor `counter` matters."""
         rank = self.rank_of(*m.shape)
         if m.shape[0] <= m.shape[1]:
-            q = _leading_eigenvectors(_gram(m), rank)
+            q = _leading_eigenvectors(_gram(m, largest_magnitude(m).item()), rank)
         else:
-            v = _leading_eigenvectors(_gram(m.mT), rank)
+            v = _leading_eigenvectors(_gram(m.mT, largest_magnitude(m).item()), rank)
             q = torch.linalg.qr(_product(m, v)).Q
         return fix_signs(q)
+
+    def sketch(
+        self,
+        m: Tensor,
+        rank: int,
+        largest: float,
+        old: Tensor | None,
+        counter: tuple[int, ...],
+        sum_: Callable[[Tensor], None],
+    ) -> Tensor:
+        """The Gram matrix (d x d) of these columns."""
+        return _gram(m, largest)
+
+    def solve(self, sketch: Tensor, rank: int) -> Tensor:
+        """The leading eigenvectors of the Gram matrix."""
+        return fix_signs(_leading_eigenvectors(sketch, rank))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +77,31 @@ class PowerIteration(DenseProjection):
         for _ in range(3):
             q = _sweep(m, q)
         return fix_signs(q)
+
+    def sketch(
+        self,
+        m: Tensor,
+        rank: int,
+        largest: float,
+        old: Tensor | None,
+        counter: tuple[int, ...],
+        sum_: Callable[[Tensor], None],
+    ) -> Tensor:
+        """M (M^T Q) of these columns (d x r), in units of the largest entry of M; earlier sweeps are summed at once."""
+        q, sweeps = old, 1
+        if q is None:
+            q, sweeps = gaussian(m.shape[0], rank, counter_key(self.seed, *counter)).to(m.device), 3
+        q = q.to(compute_dtype(m.dtype))
+        for i in range(sweeps):
+            y = _product(m, _product(m.mT, q) / largest)
+            if i < sweeps - 1:
+                sum_(y)
+                q = torch.linalg.qr(y).Q
+        return y
+
+    def solve(self, sketch: Tensor, rank: int) -> Tensor:
+        """An orthonormal basis of the sum."""
+        return fix_signs(torch.linalg.qr(sketch).Q)
 
 
 def gaussian(rows: int, columns: int, key: int) -> Tensor:
@@ -91,10 +133,9 @@ def _product(m: Tensor, x: Tensor) -> Tensor:
     return out
 
 
-def _gram(m: Tensor) -> Tensor:
+def _gram(m: Tensor, largest: float) -> Tensor:
     """M M^T (d x d), scaled where squares might vanish or overflow, which leaves the eigenvectors as they are."""
     dtype = compute_dtype(m.dtype)
-    largest = largest_magnitude(m).item()
     if m.dtype == dtype and 1e-9 < largest < 1e9:
         return m @ m.mT
     scale = 1 / largest

@@ -319,7 +319,7 @@ def rotated(row, overlap, exp_avg=None):
     if exp_avg is not None:
         state["exp_avg"].copy_(exp_avg)
     column = state["exp_avg_sq_col"].clone()
-    optimizer._rotate_(Matrix(p, p.grad, state, 1.0, (0, 0, 1), optimizer._view(p, group)), group, 0, overlap)
+    optimizer._rotate_(Matrix(p, None, p, p.grad, state, 1.0, (0, 0, 1), optimizer._view(p, group)), group, 0, overlap)
     assert torch.equal(state["exp_avg_sq_col"], column)
     return state["exp_avg_sq_row"], state.get("exp_avg")
 

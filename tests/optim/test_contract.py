@@ -856,15 +856,6 @@ def process_group():
     torch.distributed.destroy_process_group()
 
 
-@contract("sharded parameters (DTensor) are refused by name")
-@few
-def test_sharded_parameters_are_refused(name, process_group):
-    mesh = process_group.init_device_mesh("cpu", (1,))
-    sharded = torch.nn.Parameter(process_group.tensor.distribute_tensor(torch.ones(8, 6), mesh))
-    with pytest.raises(NotImplementedError, match="sharded"):
-        build(name, [sharded])
-
-
 @contract("`DistributedDataParallel` and `ZeroRedundancyOptimizer`, in a group of one process")
 @few
 def test_data_parallel_wrappers_train_and_resume(name, process_group):

@@ -241,7 +241,7 @@ def test_what_was_applied_and_what_is_kept_add_up_to_the_gradients(
         state, d = optimizer.state[p], min(rows, columns)
         applied = applied + optimizer._projection(group).up(state["exp_avg"], state["index"], d)
         total = total + open_(optimizer, p, g)
-        matrix = Matrix(p, torch.zeros_like(p), state, 1.0, (0, 0, 1), optimizer._view(p, group))
+        matrix = Matrix(p, None, p, torch.zeros_like(p), state, 1.0, (0, 0, 1), optimizer._view(p, group))
         error = optimizer._corrected(matrix, group, 0).read(slice(None))
         if feedback != "param":  # a quantisation is off by less than a step
             allowed = allowed + state["error_scale"] / LEVELS[feedback]

@@ -114,7 +114,7 @@ def test_the_chain_rule_is_that_of_torchs_weight_norm(rows, columns, negative, s
     torch.tanh(layer(x)).square().sum().backward()
     torch.tanh(x @ p.mT).square().sum().backward()
     state = {"lengths": g.detach().flatten().clone()}
-    matrix = Matrix(p, p.grad, state, 1.0, (0, 0, 1), matrix_view((rows, columns)))
+    matrix = Matrix(p, None, p, p.grad, state, 1.0, (0, 0, 1), matrix_view((rows, columns)))
     ((_, dv, dg),) = _reparametrized(matrix, 0)
     torch.testing.assert_close(dg, g.grad.flatten(), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(dv, v.grad, rtol=1e-9, atol=1e-12 * size)
@@ -133,7 +133,7 @@ def test_row_norms_are_the_lengths_and_full_rank_directions_are_tangential(shape
     for g in gradients(shape, 5, seed=seed):
         run(optimizer, [p], [[g]])
         torch.testing.assert_close(row_norms(p), optimizer.state[p]["lengths"].abs(), rtol=1e-12, atol=0)
-        matrix = Matrix(p, p.grad, optimizer.state[p], 1.0, (0, 0, 1), matrix_view(shape))
+        matrix = Matrix(p, None, p, p.grad, optimizer.state[p], 1.0, (0, 0, 1), matrix_view(shape))
         ((_, dv, _),) = _reparametrized(matrix, 0)
         assert (dv * p.detach().flatten(1)).sum(1).abs().max() < 1e-12 * dv.norm() * p.norm()
         up = optimizer.state[p]["basis"] @ optimizer._reduce(matrix, optimizer.param_groups[0], SVD())[0]
