@@ -4,7 +4,7 @@
 
 namespace slimstate {
 
-inline void check_stochastic_round(const torch::stable::Tensor& out, const torch::stable::Tensor& x) {
+inline void check_stochastic_round(const torch::stable::Tensor& out, const torch::stable::Tensor& x, int64_t width) {
   using torch::headeronly::ScalarType;
   STD_TORCH_CHECK(out.scalar_type() == ScalarType::BFloat16 || out.scalar_type() == ScalarType::Half,
                   "stochastic_round_: out must be bfloat16 or float16");
@@ -13,6 +13,7 @@ inline void check_stochastic_round(const torch::stable::Tensor& out, const torch
   STD_TORCH_CHECK(out.is_contiguous() && x.is_contiguous(), "stochastic_round_: out and x must be contiguous");
   STD_TORCH_CHECK(out.get_device_index() == x.get_device_index() && out.is_cuda() == x.is_cuda(),
                   "stochastic_round_: out and x must be on one device");
+  STD_TORCH_CHECK(width > 0, "stochastic_round_: width must be >= 1, got ", width);
 }
 
 }  // namespace slimstate

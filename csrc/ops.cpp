@@ -4,7 +4,9 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(slimstate, m) {
-  m.def("stochastic_round_(Tensor(a!) out, Tensor x, SymInt key, SymInt offset) -> ()");
+  m.def(
+      "stochastic_round_(Tensor(a!) out, Tensor x, SymInt key, SymInt offset, SymInt start, SymInt width, "
+      "SymInt pitch) -> ()");
 }
 
 #ifdef USE_CUDA

@@ -32,6 +32,15 @@ SLIMSTATE_HD Key expand_key(uint64_t key) {
   return {low ^ mix32(high), high};
 }
 
+// Where the elements of a part lie in the whole tensor: rows of `width`, `pitch` apart, from `start` on.
+struct Place {
+  uint64_t start, width, pitch;
+
+  SLIMSTATE_HD uint64_t index(uint64_t i) const {
+    return i < width ? start + i : start + i / width * pitch + i % width;  // no division where it is one row
+  }
+};
+
 // The 32 random bits of element `index` of the whole tensor.
 SLIMSTATE_HD uint32_t random_bits(Key key, uint64_t index) {
   const uint32_t low = static_cast<uint32_t>(index), high = static_cast<uint32_t>(index >> 32);

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim.optimizer import ParamsT
 
-from slimstate.ops import Key, counter_key
+from slimstate.ops import Key, PartKey, Place, counter_key
 from slimstate.projections._numbers import Number
 
 from ._loading import check_layout, check_plain, misfit, other_entries, read_step, read_stream, read_tensor, regrouped
@@ -111,7 +111,13 @@ class Entry:
 
     def key(self, purpose: int) -> Key:
         """The key of one purpose's random bits: a function of the seed, the parameter and the step."""
-        return self.draw[purpose] if isinstance(self.draw, Tensor) else counter_key(*self.draw, purpose)
+        word = self.draw[purpose] if isinstance(self.draw, Tensor) else counter_key(*self.draw, purpose)
+        return word if self.part is None else PartKey(word, self.place(purpose))
+
+    def place(self, purpose: int) -> Place:
+        """Where the part of what is rounded for this purpose lies in the whole, for a parameter that is divided."""
+        assert self.part is not None
+        return self.part.place("".join(map(str, range(self.param.ndim))), self.p.shape)
 
 
 class Optimizer(torch.optim.Optimizer):

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from slimstate.ops import Key
+from slimstate.ops import Key, Place
 from slimstate.projections import SVD, MatrixView, PowerIteration, Projection, RandomOrthogonal
 from slimstate.projections._base import IndexProjection, check_rank, compute_dtype
 from slimstate.projections._blocks import largest_magnitude
 from slimstate.projections._matrix import SIDES
 
-from ._adam import adamw_step_, check_adam, is_number, moments_spec, store_, weight_spec
+from ._adam import EXP_AVG, EXP_AVG_SQ, adamw_step_, check_adam, is_number, moments_spec, store_, weight_spec
 from ._base import Entry, Group, Optimizer, Spec, State
 from ._loading import misfit
 from ._sharding import Part, Ranks, local, part_of, total_
@@ -33,6 +33,7 @@ __all__ = ["DEFAULT_RANK", "Arranged", "Matrix", "ProjectedOptimizer", "due", "r
 DEFAULT_RANK = 0.25  # of the smaller side: about what GaLore takes, 128 of 512 to 1024 of 4096
 TOGETHER_BYTES = 1 << 20  # of projected gradients; larger ones are given back to the system and faulted in again
 ROTATED_EXP_AVG, ROTATED_EXP_AVG_SQ = 3, 4  # purposes of random bits, after `_adam`'s
+PROJECTED = (EXP_AVG, EXP_AVG_SQ, ROTATED_EXP_AVG, ROTATED_EXP_AVG_SQ)  # those of what has R's shape
 
 # galore-torch's names for the side
 PROJ_TYPES = {"std": "auto", "reverse_std": "reverse", "left": "left", "right": "right"}
@@ -54,6 +55,13 @@ class Matrix(Entry):
     def whole(self) -> MatrixView:
         """How the whole parameter is seen."""
         return self.view if self.part is None or self.part.view is None else self.part.view
+
+    def place(self, purpose: int) -> Place:
+        """As `Entry.place`; what is kept of the projection has axes of its own."""
+        if self.part is None or purpose not in PROJECTED:
+            return super(Matrix, self).place(purpose)
+        chosen = self.state["basis" if "basis" in self.state else "index"]
+        return self.part.place("b" * len(self.view.lead) + "rk", (*self.view.lead, chosen.shape[-1], self.view.k))
 
     @property
     def m(self) -> Tensor:

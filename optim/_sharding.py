@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from slimstate.ops import WHOLE, Place
 from slimstate.projections import MatrixView
 
 if TYPE_CHECKING:
@@ -106,6 +107,32 @@ class Part:
     def sizes(self, shape: Sequence[int], axes: str) -> list[int]:
         """The sizes here of a state tensor of this whole shape."""
         return [_length(self.held[axis]) if axis in self.held else n for n, axis in zip(shape, axes, strict=True)]
+
+    def place(self, axes: str, sizes: Sequence[int]) -> Place:
+        """Where the part here of a state tensor with these axes, and these sizes here, lies in the whole.
+
+        Exact where one axis is divided, or two of which nothing but the first is before the second; else parts of
+        different processes may share random bits.
+        """
+        start, width, pitch, inner = 0, WHOLE.width, 0, 1
+        for axis, size in zip(reversed(axes), reversed(sizes), strict=True):
+            whole = size
+            if (where := self.held.get(axis)) is not None:
+                first = where.start if isinstance(where, slice) else int(where[0])
+                start += first * inner
+                whole = self.whole(axis)
+                if width == WHOLE.width:
+                    width, pitch = max(1, size * inner), whole * inner
+            inner *= whole
+        return Place(start, width, pitch)
+
+    def whole(self, axis: str) -> int:
+        """The length of an axis of the whole parameter."""
+        if axis.isdigit():
+            return self.shape[int(axis)]
+        view = self.view
+        assert view is not None
+        return {"b": math.prod(view.lead), "m": view.rows, "n": view.columns, "d": view.d, "k": view.k}[axis]
 
     @property
     def ranks(self) -> "Ranks | None":

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from slimstate import ops
-from slimstate.ops import counter_key, stochastic_round_, stochastic_round_reference_
+from slimstate.ops import PartKey, Place, counter_key, stochastic_round_, stochastic_round_reference_
 
 DTYPES = [torch.bfloat16, torch.float16]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -115,12 +115,32 @@ def test_pieces_equal_the_whole(dtype, cuts):
     assert torch.equal(torch.cat(pieces), rounded(x, dtype))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(data=st.data(), shape=st.tuples(*[st.integers(1, 9)] * 3))
+def test_a_part_is_rounded_as_in_the_whole(device, dtype, data, shape):
+    x = torch.linspace(-3, 3, math.prod(shape)).view(shape).to(device)
+    dim = data.draw(st.integers(0, 2))
+    start = data.draw(st.integers(0, shape[dim] - 1))
+    length = data.draw(st.integers(1, shape[dim] - start))
+    inner = math.prod(shape[dim + 1 :])
+    place = Place(start * inner, length * inner, shape[dim] * inner)
+    part, half = x.narrow(dim, start, length), data.draw(st.integers(0, length * inner * shape[0]))
+    expected = rounded(x, dtype).narrow(dim, start, length)
+    values, key = part.reshape(-1), PartKey(KEY, place)
+    out = torch.cat([rounded(values[:half], dtype, key), rounded(values[half:], dtype, key, half)])
+    assert torch.equal(out.view(part.shape), expected)
+    stochastic_round_reference_(out, values, KEY, 0, place)
+    assert torch.equal(out.view(part.shape), expected)
+
+
 @pytest.mark.skipif(not ops.COMPILED, reason="no op is registered where nothing was compiled")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(device, dtype):
     op = torch.ops.slimstate.stochastic_round_.default
-    torch.library.opcheck(op, (torch.empty(5, 3, dtype=dtype, device=device), torch.randn(5, 3, device=device), KEY, 7))
+    out, x = torch.empty(5, 3, dtype=dtype, device=device), torch.randn(5, 3, device=device)
+    torch.library.opcheck(op, (out, x, KEY, 7, 2, 3, 8))
 
 
 @pytest.mark.parametrize("function", [stochastic_round_, stochastic_round_reference_])
@@ -309,9 +329,17 @@ def test_errors(out, x, offset, error, match):
 def test_the_op_itself_refuses_what_it_cannot_do():
     op = torch.ops.slimstate.stochastic_round_
     with pytest.raises(RuntimeError, match="contiguous"):
-        op(torch.empty(4, 4).half().T, torch.empty(4, 4), KEY, 0)
+        op(torch.empty(4, 4).half().T, torch.empty(4, 4), KEY, 0, *Place())
     with pytest.raises(RuntimeError, match="float32"):
-        op(torch.empty(4).half(), torch.empty(4).double(), KEY, 0)
+        op(torch.empty(4).half(), torch.empty(4).double(), KEY, 0, *Place())
+    with pytest.raises(RuntimeError, match="width must be >= 1, got 0"):
+        op(torch.empty(4).half(), torch.empty(4), KEY, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("place", [Place(-1, 2, 3), Place(0, 0, 0), Place(0, 2, -3)])
+def test_places_out_of_range_are_refused(place):
+    with pytest.raises(ValueError, match="place must have start and pitch >= 0 and width >= 1, got Place"):
+        stochastic_round_(torch.empty(3).half(), torch.empty(3), PartKey(KEY, place))
 
 
 def test_self_check():

@@ -15,15 +15,17 @@ using torch::stable::Tensor;
 namespace {
 
 template <typename Format>
-__global__ void round_all(uint16_t* out, const float* x, int64_t numel, slimstate::Key key, uint64_t offset) {
+__global__ void round_all(
+    uint16_t* out, const float* x, int64_t numel, slimstate::Key key, uint64_t offset, slimstate::Place place) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < numel; i += stride) {
-    out[i] = Format::round(x[i], slimstate::random_bits(key, offset + static_cast<uint64_t>(i)));
+    out[i] = Format::round(x[i], slimstate::random_bits(key, place.index(offset + static_cast<uint64_t>(i))));
   }
 }
 
-void stochastic_round_(Tensor out, Tensor x, int64_t key, int64_t offset) {
-  slimstate::check_stochastic_round(out, x);
+void stochastic_round_(
+    Tensor out, Tensor x, int64_t key, int64_t offset, int64_t start, int64_t width, int64_t pitch) {
+  slimstate::check_stochastic_round(out, x, width);
   if (x.numel() == 0) return;  // an empty grid is a launch error
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   void* stream = nullptr;
@@ -35,7 +37,8 @@ void stochastic_round_(Tensor out, Tensor x, int64_t key, int64_t offset) {
   const auto kernel = half ? round_all<slimstate::Half> : round_all<slimstate::BFloat16>;
   kernel<<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(
       static_cast<uint16_t*>(out.mutable_data_ptr()), static_cast<const float*>(x.const_data_ptr()), x.numel(),
-      slimstate::expand_key(static_cast<uint64_t>(key)), static_cast<uint64_t>(offset));
+      slimstate::expand_key(static_cast<uint64_t>(key)), static_cast<uint64_t>(offset),
+      slimstate::Place{static_cast<uint64_t>(start), static_cast<uint64_t>(width), static_cast<uint64_t>(pitch)});
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -9,12 +9,22 @@ either: ``torch.compile`` then traces the reference and fuses it, which an opaqu
 """
 
 import warnings
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["COMPILED", "DEVICES", "Key", "counter_key", "stochastic_round_", "stochastic_round_reference_"]
+__all__ = [
+    "COMPILED",
+    "DEVICES",
+    "WHOLE",
+    "Key",
+    "PartKey",
+    "Place",
+    "counter_key",
+    "stochastic_round_",
+    "stochastic_round_reference_",
+]
 
 try:
     import slimstate._C as _C
@@ -27,12 +37,39 @@ else:
     DEVICES = frozenset(_C.DEVICES.split())
 COMPILED: bool = bool(DEVICES)
 
-Key = int | Tensor
-"""What random bits go by: an int64, in compiled code as a 0-d tensor."""
-
 _Bits = TypeVar("_Bits", int, Tensor)
 _WORD = 0xFFFFFFFF
 _CHUNK = 1 << 17  # elements; an int64 temporary of the reference is 1 MiB
+
+
+class Place(NamedTuple):
+    """Where the elements of a part lie in the whole tensor: rows of `width` elements, `pitch` apart, from `start` on.
+
+    Its i-th element is number ``start + (i // width) * pitch + i % width`` of the whole. The default is the whole.
+    """
+
+    start: int = 0
+    width: int = (1 << 63) - 1
+    pitch: int = 0
+
+
+WHOLE = Place()
+
+
+class PartKey(NamedTuple):
+    """A key for a part of a tensor, which is rounded as in the whole one.
+
+    Args:
+        word: the whole tensor's key.
+        place: where the part lies.
+    """
+
+    word: int | Tensor
+    place: Place
+
+
+Key = int | Tensor | PartKey
+"""What random bits go by: an int64, in compiled code as a 0-d tensor; and where the tensor lies in another one."""
 
 
 def counter_key(seed: int, *words: int) -> int:
@@ -91,12 +128,14 @@ def stochastic_round_(out: Tensor, x: Tensor, key: Key, offset: int = 0) -> None
         out: bfloat16 or float16, overwritten.
         x: float32, of the same shape and device.
         key: any int64, such as :func:`counter_key` returns, or a 0-d CPU tensor of one, so that compiled code does not
-            depend on its value. One key per tensor and step.
-        offset: index of the first element within the whole tensor, at least 0.
+            depend on its value. One key per tensor and step. With :class:`PartKey` a part of a tensor that is divided
+            over processes is rounded as in the whole.
+        offset: index of the first element within the whole tensor, or within that part; at least 0.
 
     Raises:
         TypeError: a dtype is not one of the above.
-        ValueError: the shapes or devices differ, or ``offset`` is negative.
+        ValueError: the shapes or devices differ, ``offset`` is negative, or a place has a negative number or no
+            width.
     """
     if out.dtype not in (torch.bfloat16, torch.float16):
         raise TypeError(f"out must be bfloat16 or float16, got {out.dtype}")
@@ -108,28 +147,37 @@ def stochastic_round_(out: Tensor, x: Tensor, key: Key, offset: int = 0) -> None
         raise ValueError(f"out and x must be on one device, got {out.device} and {x.device}")
     if offset < 0:
         raise ValueError(f"offset must be >= 0, got {offset}")
+    word, place = key if isinstance(key, PartKey) else (key, WHOLE)
+    if min(place) < 0 or place.width < 1:
+        raise ValueError(f"place must have start and pitch >= 0 and width >= 1, got {place}")
 
-    if isinstance(key, Tensor):
-        torch.ops.slimstate.stochastic_round_keyed_(out, x, key, offset)
+    if isinstance(word, Tensor):
+        torch.ops.slimstate.stochastic_round_keyed_(out, x, word, offset, *place)
         return
     target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     source = x.contiguous()
     if out.device.type in DEVICES:
-        torch.ops.slimstate.stochastic_round_(target, source, key, offset)
+        torch.ops.slimstate.stochastic_round_(target, source, word, offset, *place)
         torch.autograd.graph.increment_version(target)  # so that a backward that saved it raises
     else:
-        stochastic_round_reference_(target, source, key, offset)
+        stochastic_round_reference_(target, source, word, offset, place)
     if target is not out:
         out.copy_(target)
 
 
 @torch.library.custom_op("slimstate::stochastic_round_keyed_", mutates_args=("out",))
-def _(out: Tensor, x: Tensor, key: Tensor, offset: int) -> None:
+def _(out: Tensor, x: Tensor, key: Tensor, offset: int, start: int, width: int, pitch: int) -> None:
     """One node of a compiled graph, whatever the key; traced, the reference would be a hundred for every tensor."""
-    stochastic_round_(out, x, int(key), offset)
+    stochastic_round_(out, x, PartKey(int(key), Place(start, width, pitch)), offset)
 
 
-def stochastic_round_reference_(out: Tensor, x: Tensor, key: int, offset: int = 0) -> None:
+def stochastic_round_reference_(
+    out: Tensor,
+    x: Tensor,
+    key: int,
+    offset: int = 0,
+    place: Place = WHOLE,
+) -> None:
     """What the op ``stochastic_round_`` computes, in PyTorch; see :func:`stochastic_round_`.
 
     ``out`` and ``x`` must be contiguous.
@@ -145,6 +193,8 @@ def stochastic_round_reference_(out: Tensor, x: Tensor, key: int, offset: int = 
     for start in range(0, codes.numel(), chunk):
         part = bits[start : start + chunk].to(torch.int64) & _WORD
         index = torch.arange(part.numel(), device=x.device) + (offset + start)
+        if place != WHOLE:
+            index = place.start + index // place.width * place.pitch + index % place.width
         random = _mix32(_mix32((index & _WORD) ^ low) ^ high ^ (index >> 32))
         magnitude = part & 0x7FFFFFFF
         rounded = round_bits(magnitude, random) | ((part >> 16) & 0x8000)
@@ -177,7 +227,7 @@ def _float16_bits(magnitude: Tensor, random: Tensor) -> Tensor:
 if COMPILED:
 
     @torch.library.register_fake("slimstate::stochastic_round_")
-    def _(out: Tensor, x: Tensor, key: int, offset: int) -> None:
+    def _(out: Tensor, x: Tensor, key: int, offset: int, start: int, width: int, pitch: int) -> None:
         torch._check(out.numel() == x.numel())
 
 
