@@ -242,15 +242,13 @@ def _part(
         if not any(getattr(placement, "dim", None) == dim for placement in placements):
             continue
         index = _indices(mesh, placements, dim, size)
+        held[str(dim)] = _together(index)
         if view is None:
-            held[str(dim)] = _together(index)
             continue
         (name,) = _names(view, dim) & {"b", "m", "n"}
         if name == "b" and dim > 0:
             raise NotImplementedError(f"a stack of shape {shape} that is sharded on dim {dim}: shard dim 0 of it")
-        inner = math.prod(shape[dim + 1 :]) if name in "bn" and dim >= view.batch_dims else 1
-        if name == "b":
-            inner = math.prod(shape[1 : view.batch_dims])
+        inner = {"b": math.prod(shape[1 : view.batch_dims]), "m": 1, "n": math.prod(shape[dim + 1 :])}[name]
         if name == "n" and (dim != view.batch_dims + 1 or (inner > 1 and size % _parts(mesh, placements, dim))):
             raise NotImplementedError(
                 f"a parameter of shape {shape} that is sharded on dim {dim}, unevenly or behind its columns' first "
@@ -258,10 +256,7 @@ def _part(
             )
         if inner > 1:
             index = (index[:, None] * inner + torch.arange(inner)).view(-1)
-        where = _together(index)
-        held[str(dim)] = _together(_indices(mesh, placements, dim, size))
-        for letter in _names(view, dim):
-            held[letter] = where
+        held |= dict.fromkeys(_names(view, dim) - {str(dim)}, _together(index))
     return Part(mesh, placements, shape, view, held)
 
 

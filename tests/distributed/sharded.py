@@ -32,7 +32,8 @@ def divided(x, mesh, dim):
 
 
 def equal_to_one_process(name, dim, dtype, steps=50, shapes=SHAPES, **settings):
-    """The largest difference of weights over the distance moved, after training on gradients that are set by hand."""
+    """After training on gradients that are set by hand, the largest difference of weights, over the distance moved and
+    over their own length."""
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     start = tensors(shapes, 0, dtype)
     whole = [torch.nn.Parameter(x.clone()) for x in start]
@@ -44,8 +45,10 @@ def equal_to_one_process(name, dim, dtype, steps=50, shapes=SHAPES, **settings):
             p.grad, q.grad = g.clone(), divided(g, mesh, d)
         for optimizer in optimizers:
             optimizer.step()
-    worst = 0.0
+    of_distance = of_length = 0.0
     for x, p, q in zip(start, whole, parts, strict=True):
         full = q.full_tensor()
-        worst = max(worst, ((full - p).norm() / (p - x).norm()).item())
-    return worst
+        difference = (full - p).norm()
+        of_distance = max(of_distance, (difference / (p - x).norm()).item())
+        of_length = max(of_length, (difference / p.norm()).item())
+    return of_distance, of_length
