@@ -3,9 +3,9 @@ and what then becomes of the moments."""
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -466,39 +466,36 @@ class ProjectedOptimizer(Optimizer):
                 self._renew_(task, group, projection, projection.fit(gradient, task.old(projection), task.counter))
 
     def _refresh_together(self, tasks: list["Task"], ranks: Ranks, group: Group, projection: Projection) -> None:
-        """As `_refresh`, one matrix for each process: what a fit needs of the parts is summed where it is fitted."""
+        """As `_refresh`, at most one matrix for each process: what a fit needs of the parts is summed where it is
+        fitted, and everyone gets the basis from there."""
         gradients = [self._fitted_to(task.matrix, group, task.j) for task in tasks]
         sizes = torch.stack([_largest(gradient) for gradient in gradients])
         total_([(sizes, ranks.summing)], largest=True)
-        work = []
+        mine: Callable[[], Tensor] | None = None
+        work: list[tuple[Task, tuple[int, ...]]] = []
         for i, (task, gradient, size) in enumerate(zip(tasks, gradients, sizes.tolist(), strict=True)):
             if not _usable(size):
                 continue
-            view, part = task.matrix.whole, task.matrix.part
-            rank, old, owner = projection.rank_of(view.d, view.k), task.old(projection), ranks.owner(i)
+            owner, old, view, part = ranks.owner(i), task.old(projection), task.matrix.whole, task.matrix.part
             if projection.blind:
                 shape = gradient.new_zeros(()).expand(view.d, view.k)
                 self._renew_(task, group, projection, projection.fit(shape, old, task.counter))
                 continue
-            sketch = None
+            fit = partial(projection.fit, gradient, old, task.counter)
             if part is not None and ranks.summing:
-                m = part.along_k(gradient)
+                m, rank = part.along_k(gradient), projection.rank_of(view.d, view.k)
                 sketch = projection.sketch(m, rank, size, old, task.counter, lambda x: total_([(x, ranks.summing)]))
                 ranks.sum_(sketch, owner)
-            work.append((task, gradient, old, rank, sketch, owner))
-        fitted = []
-        for task, gradient, old, rank, sketch, owner in work:
-            if ranks.place != owner:
-                dtype = projection.dtype_of(gradient.dtype)
-                q = torch.empty(task.matrix.whole.d, rank, dtype=dtype, device=gradient.device)
-            elif sketch is None:
-                q = projection.fit(gradient, old, task.counter)
-            else:
-                q = projection.solve(sketch, rank)
-            fitted.append(q)
-        for (task, *_, owner), q in zip(work, fitted, strict=True):
-            ranks.broadcast_(q, owner)
-            self._renew_(task, group, projection, q)
+                fit = partial(projection.solve, sketch, rank)
+            if ranks.place == owner:
+                mine = fit
+            work.append((task, owner))
+        fitted = None if mine is None else mine()  # all processes at once
+        for task, owner in work:
+            basis = task.matrix.member(task.matrix.state[projection.key], task.j)
+            new = fitted if ranks.place == owner and fitted is not None else torch.empty_like(basis)
+            ranks.broadcast_(new, owner)
+            self._renew_(task, group, projection, new)
 
     def _renew_(self, task: "Task", group: Group, projection: Projection, new: Tensor) -> None:
         """Gives a matrix its new basis, and carries the moments over."""
@@ -552,9 +549,8 @@ def _tasks(matrix: Matrix, scheduled: bool) -> list[Task]:
 def _largest(gradient: Tensor) -> Tensor:
     """max|G|, of an empty part too; infinite where an entry is not a number, which a maximum over processes loses."""
     if not gradient.numel():
-        return gradient.new_zeros((), dtype=compute_dtype(gradient.dtype))
-    largest = largest_magnitude(gradient).to(compute_dtype(gradient.dtype))
-    return largest.nan_to_num(math.inf, math.inf)
+        return gradient.new_zeros((), dtype=torch.float64)
+    return largest_magnitude(gradient).double().nan_to_num(math.inf, math.inf)
 
 
 def _usable(largest: float) -> bool:
