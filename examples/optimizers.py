@@ -34,12 +34,14 @@ class Recipe:
         lr_factor: its learning rate where the preset's is AdamW's.
         options: what it takes from the command line beside the learning rate.
         sampler: of layers, beside the optimizer.
+        sharded: whether it can step on parameters that are divided over processes.
     """
 
     build: Callable[[nn.Module, float, Namespace], torch.optim.Optimizer]
     lr_factor: float
     options: tuple[str, ...] = ()
     sampler: Callable[[nn.Module, torch.optim.Optimizer, Namespace], LayerSampler] | None = None
+    sharded: bool = True
 
 
 def adamw(model: nn.Module, lr: float, args: Namespace) -> torch.optim.Optimizer:
@@ -147,7 +149,7 @@ RECIPES = {
     "frugal": Recipe(frugal, lr_factor=5 / 3, options=("rank", "update_proj_gap")),
     "frugal-contiguous": Recipe(partial(frugal, contiguous=True), lr_factor=5 / 3, options=("rank", "update_proj_gap")),
     "galore-adafactor": Recipe(galore_adafactor, lr_factor=4, options=LOW_RANK),
-    "galore-torch": Recipe(galore_torch, lr_factor=4, options=LOW_RANK),
+    "galore-torch": Recipe(galore_torch, lr_factor=4, options=LOW_RANK, sharded=False),
     "gradnorm": Recipe(gradnorm, lr_factor=4, options=LOW_RANK),
     "dct": Recipe(dct, lr_factor=4, options=("rank", "scale")),
     "dct-ef": Recipe(partial(dct, error_feedback="8bit"), lr_factor=4, options=("rank", "scale")),

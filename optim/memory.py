@@ -5,13 +5,15 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ._sharding import local
+
 __all__ = ["state_bytes"]
 
 
 def state_bytes(optimizer: torch.optim.Optimizer, params: Iterable[Tensor] | None = None) -> int:
-    """The bytes that an optimizer's state holds alive: whole storages, each counted once.
+    """The bytes that an optimizer's state holds alive in this process: whole storages, each counted once.
 
-    A slice of a large tensor therefore counts as the large tensor.
+    A slice of a large tensor therefore counts as the large tensor, and of a sharded one the part that is here.
 
     Args:
         optimizer: any torch optimizer.
@@ -21,11 +23,11 @@ def state_bytes(optimizer: torch.optim.Optimizer, params: Iterable[Tensor] | Non
         Bytes; 0 before the first step.
     """
     chosen = optimizer.state.values() if params is None else [optimizer.state.get(p, {}) for p in params]
-    storages = {
-        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+    held = [
+        local(value).untyped_storage()
         for state in chosen
         if isinstance(state, dict)
         for value in state.values()
         if isinstance(value, Tensor)
-    }
-    return sum(storages.values())
+    ]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
