@@ -429,6 +429,11 @@ class ProjectedOptimizer(Optimizer):
 
     def _refresh_all(self, matrices: list[tuple[Matrix, bool]], group: Group, projection: Projection) -> None:
         """Fits the bases that are due, as the flags say, together with the processes that hold or share them."""
+        stacks = [
+            x
+            for x, scheduled in matrices
+            if x.part is not None and x.part.divides("b") and (scheduled or not x.state["refreshes"].all())
+        ]
         together: dict[Ranks, list[Task]] = {}
         for matrix, scheduled in matrices:
             if (ranks := self._ranks(matrix)) is None:
@@ -438,7 +443,7 @@ class ProjectedOptimizer(Optimizer):
         for ranks, tasks in together.items():
             for i in range(0, len(tasks), len(ranks)):
                 self._refresh_together(tasks[i : i + len(ranks)], ranks, group, projection)
-        counted = [(x.state["refreshes"].to(x.p.device), x) for x, _ in matrices if x.part and x.part.divides("b")]
+        counted = [(x.state["refreshes"].to(x.p.device), x) for x in stacks]
         total_([(counts, x.part.groups("b")) for counts, x in counted if x.part], largest=True)
         for counts, x in counted:
             x.state["refreshes"].copy_(counts)

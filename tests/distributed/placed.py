@@ -3,11 +3,13 @@
 import copy
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sharded import histories, named, tensors
+from sharded import divided, histories, named, tensors
 from slimstate.optim import GaLoreAdamW, param_groups, shard_placement, share_refreshes
 
 
@@ -58,6 +60,18 @@ def _sent(placement, which):
         with Calls() as calls:
             optimizer.step()
         optimizer.zero_grad()
+    return calls.sent
+
+
+def sent_by_stacks():
+    """The collectives of the second step of experts that are divided by matrices, some processes having none."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    p = nn.Parameter(divided(torch.randn(3, 8, 12), mesh, 0))
+    optimizer = GaLoreAdamW([{"params": [p], "batch_dims": 1, "rank": 2}], lr=0.01)
+    for _ in range(2):
+        p.grad = divided(torch.randn(3, 8, 12), mesh, 0)
+        with Calls() as calls:
+            optimizer.step()
     return calls.sent
 
 

@@ -46,6 +46,10 @@ def test_under_fsdp_a_step_between_refreshes_sends_nothing():
     assert default == ["c10d::allreduce_"]
 
 
+def test_experts_that_are_divided_send_nothing():
+    assert world(2).run(placed.sent_by_stacks) == [[], []]
+
+
 def test_replicas_share_refreshes_and_train_as_without():
     for worst, decomposed in world(2).run(placed.shared_refreshes):
         assert worst == 0

@@ -268,6 +268,7 @@ def test_what_cannot_be_divided_is_said(
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
+@pytest.mark.slow
 def test_a_model_in_two_parts_trains_as_one_and_goes_on_as_one(pretrain: Pretrain, tmp_path: Path, text: Path) -> None:
     # The 32 tokens of a step span no more than 32 directions, of which the last are rounding.
     options = [*MICRO, "--data", str(text), "--steps", "40", "--optimizer", "galore", "--update-proj-gap", "7"]
