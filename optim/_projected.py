@@ -251,6 +251,9 @@ class ProjectedOptimizer(Optimizer):
             any(group[key] is not None for key in self.shares) and p.ndim >= group["batch_dims"] + 2 and p.numel() > 0
         )
 
+    def _has_shape(self, p: Tensor, group: Group) -> bool:
+        return self._is_chosen(p, group)
+
     def _is_projected(self, p: Tensor, group: Group) -> bool:
         """Whether it has a basis."""
         return self._is_chosen(p, group)

@@ -175,6 +175,9 @@ class GaLoreAdafactor(ProjectedOptimizer):
         )
         super().__init__(params, defaults)
 
+    def _has_shape(self, p: Tensor, group: Group) -> bool:
+        return p.ndim > 1  # factored, projected or not
+
     def _check_rule(self, group: Group) -> None:
         check_adafactor(group)
 

@@ -53,6 +53,9 @@ class TangentOptimizer(Optimizer):
         """Takes a block G of the gradient into the moments, its t-th, and returns U; may be one of the moments."""
         raise NotImplementedError
 
+    def _has_shape(self, p: Tensor, group: Group) -> bool:
+        return is_tested(p, group)
+
     def _decay(self, group: Group) -> Number:
         """The decoupled decay rate where no view fires."""
         rate: float = group["weight_decay"]

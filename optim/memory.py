@@ -11,9 +11,10 @@ __all__ = ["state_bytes"]
 
 
 def state_bytes(optimizer: torch.optim.Optimizer, params: Iterable[Tensor] | None = None) -> int:
-    """The bytes that an optimizer's state holds alive in this process: whole storages, each counted once.
+    """The bytes that an optimizer's state holds alive: whole storages, each counted once.
 
-    A slice of a large tensor therefore counts as the large tensor, and of a sharded one the part that is here.
+    A slice of a large tensor therefore counts as the large tensor. Of a tensor that is divided over processes (DTensor)
+    the part counts that this one holds.
 
     Args:
         optimizer: any torch optimizer.
@@ -23,11 +24,12 @@ def state_bytes(optimizer: torch.optim.Optimizer, params: Iterable[Tensor] | Non
         Bytes; 0 before the first step.
     """
     chosen = optimizer.state.values() if params is None else [optimizer.state.get(p, {}) for p in params]
-    held = [
-        local(value).untyped_storage()
+    storages = {
+        storage.data_ptr(): storage.nbytes()
         for state in chosen
         if isinstance(state, dict)
         for value in state.values()
         if isinstance(value, Tensor)
-    ]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
+        for storage in [local(value).untyped_storage()]
+    }
+    return sum(storages.values())
