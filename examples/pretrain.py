@@ -42,9 +42,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from corpus import EMBEDDED, Batches, Corpus, CorpusError, load_corpus, replacing
-from optimizers import RECIPES, held_bytes, projected_matrices, refreshes
+from optimizers import RECIPES, Recipe, held_bytes, projected_matrices, refreshes
 from report import write_report
-from slimstate.optim import shard_placement
 from slimstate.optim.layer_sampling import LayerSampler
 
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
@@ -396,10 +395,10 @@ def train(name: str, args: argparse.Namespace, corpus: Corpus, device: torch.dev
     """
     settings = run_settings(name, args, corpus)
     torch.manual_seed(args.seed)
-    model = make_model(args, corpus.vocab, device)
+    model, recipe = make_model(args, corpus.vocab, device), RECIPES[name]
     if args.fsdp:
-        shard(model)
-    matrices, recipe = projected_matrices(model), RECIPES[name]
+        shard(model, recipe)
+    matrices = projected_matrices(model)
     optimizer = recipe.build(model, settings["lr"], args)
     sampler = recipe.sampler(model, optimizer, args) if recipe.sampler else None
     scheduler = LambdaLR(optimizer, lambda step: learning_rate(step, args.steps, args.warmup))
@@ -495,11 +494,11 @@ def make_model(args: argparse.Namespace, vocab: int, device: torch.device) -> nn
     return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype)).to(device)
 
 
-def shard(model: nn.Module) -> None:
-    """Divides a model over all processes, block by block, so that an optimizer's step sends nothing."""
+def shard(model: nn.Module, recipe: Recipe) -> None:
+    """Divides a model over all processes, block by block, so that a step of the optimizer sends as little as can be."""
     mesh = init_device_mesh(next(model.parameters()).device.type, (process()[1],))
     for module in (*model.model.layers, model):
-        fully_shard(module, mesh=mesh, shard_placement_fn=shard_placement)
+        fully_shard(module, mesh=mesh, shard_placement_fn=recipe.placement)
 
 
 def learning_rate(step: int, steps: int, warmup: float) -> float:

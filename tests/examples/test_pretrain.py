@@ -295,6 +295,24 @@ def test_a_model_in_two_parts_trains_as_one_and_goes_on_as_one(pretrain: Pretrai
 
 
 @pytest.mark.slow
+def test_every_optimizer_trains_a_model_in_two_parts(pretrain: Pretrain, tmp_path: Path, text: Path) -> None:
+    recipes = importlib.import_module("optimizers").RECIPES
+    names = [name for name, recipe in recipes.items() if recipe.sharded]
+    # No factor is below the rounding of 32 tokens' gradients at this rank.
+    options = [*MICRO, "--data", text, "--steps", "4", "--rank", "4", "--compare", *names]
+    code, said = pretrain(tmp_path, *options, "--out", "one")
+    assert code == 0, said
+    process = start(tmp_path, *options, "--fsdp", "--out", "two", launcher=TWO)
+    _, said = process.communicate(timeout=600)
+    assert process.returncode == 0, said
+    for name in names:
+        one, two = (json.loads((tmp_path / out / name / "run.json").read_text())["progress"] for out in ("one", "two"))
+        assert two["losses"] == pytest.approx(one["losses"], abs=1e-3), name
+        assert two["evaluations"][-1]["loss"] == pytest.approx(one["evaluations"][-1]["loss"], abs=1e-3), name
+        assert name == "signsgd" or two["state_bytes"] < 0.8 * one["state_bytes"], name
+
+
+@pytest.mark.slow
 def test_two_processes_equal_one(finished: Path, text: Path) -> None:
     options = (*MICRO, "--data", text, "--compare", "adamw", "galore", "--out", "two")
     process = start(finished, *options, launcher=TWO)
