@@ -8,13 +8,7 @@ from slimstate.optim import LISA, OwLore
 from world import world
 
 # What trains on rows of its parameters alone, and what columns are added to.
-ROWS = [
-    "AdamW",
-    "GaLoreAdamW, svd, rotate",
-    "GaLoreAdamW, power, keep",
-    "GaLoreAdamW, random, reset",
-    "FRUGAL, columns",
-]
+ROWS = ["AdamW", "GaLoreAdamW, svd, rotate", "GaLoreAdamW, power, keep", "GaLoreAdamW, random, reset", "FRUGAL, columns"]
 ANYHOW = ROWS[:4]
 EXACT = 1e-9  # of the distance moved, in float64
 GALORE = "GaLoreAdamW, svd, rotate"
