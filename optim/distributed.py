@@ -29,6 +29,7 @@ def shard_placement(param: Tensor, processes: int | None = None) -> "Shard | Non
     - m x n with m < n: columns, dim 1. A convolution (out, in, ...) counts as out x (in ...), and is sharded on `in`.
     - Three dimensions, experts as a rule: dim 0, whole matrices; where there are fewer of them than processes, the
       longer side of each. A wide Conv1d weight is taken for experts too; its rows are then summed over in each step.
+    - FRUGAL's ``columns``, its default, are selected where rows are divided: leave this out there.
     - Vectors, scalars, and what the processes do not divide evenly (FSDP2 takes uneven shards on dim 0 only): dim 0.
 
     Args:
