@@ -106,7 +106,9 @@ def share_refreshes(optimizer: torch.optim.Optimizer, process_group: "ProcessGro
         raise ValueError("in_backward fits bases during the backward pass, and cannot share them: use one of both")
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError("share_refreshes needs a process group: call torch.distributed.init_process_group before")
-    optimizer._sharing = Ranks((process_group or dist.group.WORLD,), (False,))
+    group = dist.group.WORLD if process_group is None else process_group
+    assert group is not None
+    optimizer._sharing = Ranks((group,), (False,))
 
 
 def _decomposes(projection: Projection) -> bool:
