@@ -41,7 +41,7 @@ def shard_placement(param: Tensor, processes: int | None = None) -> "Shard | Non
         A ``Shard``, or None for dim 0, FSDP2's own choice.
 
     Raises:
-        ValueError: if `processes` is None and there is no process group yet.
+        ValueError: for `processes` below 1, or None where there is no process group yet.
 
     Example:
         >>> shard_placement(torch.empty(64, 256), processes=8)
@@ -52,6 +52,8 @@ def shard_placement(param: Tensor, processes: int | None = None) -> "Shard | Non
     from torch.distributed.tensor import Shard
 
     processes = torch.distributed.get_world_size() if processes is None else processes
+    if not isinstance(processes, int) or processes < 1:
+        raise ValueError(f"processes must be None or an int >= 1, got {processes!r}")
     shape = tuple(param.shape)
     if len(shape) < 2:
         return None

@@ -36,6 +36,11 @@ def test_the_processes_are_counted_where_nobody_says():
         shard_placement(torch.empty(4, 8))
 
 
+def test_processes_are_counted_from_one():
+    with pytest.raises(ValueError, match="processes must be None or an int >= 1, got 0"):
+        shard_placement(torch.empty(4, 8), processes=0)
+
+
 def test_under_fsdp_a_step_between_refreshes_sends_nothing():
     answers = world(2).run(placed.sent_by_steps)
     first, second = answers
