@@ -83,6 +83,7 @@ def through_one_file(name):
     net, optimizer, where = divided(name)
     train(net, optimizer, where, 0)
     full = state_of(net, optimizer, StateDictOptions(full_state_dict=True, cpu_offload=True))
+    full = copy.deepcopy(full)  # what is on the CPU already, such as counters, is the optimizer's own
     rank = dist.get_rank()
     assert bool(full["optimizer"]) == (rank == 0)
     train(net, optimizer, where, STEPS)
