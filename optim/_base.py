@@ -5,7 +5,7 @@ import inspect
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, overload
 
@@ -85,6 +85,7 @@ class Entry:
         state: what this process holds of its state.
         step: which step of its own this is, from 1 on. A tensor in compiled code, as every number that changes.
         draw: what its random bits in this step depend on: (seed, stream, step), or all keys (PURPOSES,) as a tensor.
+        sums: where it is divided and its step needs them, what `_exchange` found out about all of its parts.
     """
 
     param: Tensor
@@ -94,6 +95,7 @@ class Entry:
     state: State
     step: Number
     draw: tuple[int, int, int] | Tensor
+    sums: Any = field(default=None, kw_only=True)
 
     @property
     def grad(self) -> Tensor:
