@@ -400,8 +400,8 @@ def factors(x: Entry, group: Group) -> Sums[Factors]:
     .. math::
         \|U\|_F^2 = \operatorname{mean}(a) \sum_{ij} \frac{X_{ij}^2}{a_i\, b_j}.
 
-    Where columns are divided, their b is known here, and where rows are, their a. Sums of X^2 over what is divided, once
-    divided by what is known, are sent with the plain ones that the other factor waits for: one message, of two numbers
+    Where columns are divided, their b is known here, and where rows are, their a. Sums of X^2 over what is divided,
+    weighted by what is known, are sent with the plain ones that the other factor waits for: one message, of two numbers
     for each of its entries, where the length alone would need another one.
     """
     assert x.part is not None

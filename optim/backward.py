@@ -236,6 +236,7 @@ class InBackward:
 
         Raises:
             RuntimeError: if somebody wrote to gradients after the backward pass.
+            ValueError: if somebody changed a group to what this mode does not take.
         """
         # What GradScaler.step sets on optimizers that say they support it, and deletes only after a step.
         scaled = [vars(optimizer).pop(key, None) is not None for key in ("grad_scale", "found_inf")]
@@ -244,6 +245,8 @@ class InBackward:
                 "GradScaler does not see gradients that were projected during the backward pass, nor an overflow in "
                 "them: train in bfloat16, which needs no scaling, or without in_backward"
             )
+        for group in optimizer.param_groups:
+            self.check_group(optimizer, group)  # somebody may have swapped its parameters
         for p in [p for p in self.reduced.keys() | self._kept.keys() if not p.requires_grad]:
             self.drop([p])
         for name, p, _ in optimizer._named():

@@ -596,7 +596,8 @@ def _input_norms(model: nn.Module, modules: set[nn.Module], batches: Iterable[An
     def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0]
         x = x.full_tensor() if hasattr(x, "full_tensor") else x
-        norm = torch.linalg.vector_norm(x.reshape(-1, x.shape[-1]), dim=0, dtype=torch.float32)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x.reshape(-1, x.shape[-1]), dim=0, dtype=dtype).float()
         norms[module] = torch.hypot(norms[module], norm) if module in norms else norm
 
     weights = {m: w for m in model.modules() if m in modules and (w := _by_rows(m)) is not None}

@@ -41,7 +41,7 @@ class Experts(nn.Module):
         self.weight = nn.Parameter(torch.randn(count, 6, width) / 4)
 
     def forward(self, x):
-        return x + torch.tanh(x @ self.weight.mT).matmul(self.weight).sum(0)
+        return x + (torch.tanh(x.unsqueeze(1) @ self.weight.mT) @ self.weight).sum(1)
 
 
 class Network(nn.Module):
@@ -61,7 +61,7 @@ class Network(nn.Module):
         for layer in self.layers:
             x = layer(x)
         if hasattr(self, "experts"):
-            x = self.experts(x.unsqueeze(1)).squeeze(1)
+            x = self.experts(x)
         return self.head(self.conv(x.mT).mT)
 
 
