@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import Shard
 
 from slimstate.optim import (
     FRUGAL,
@@ -20,6 +21,7 @@ from slimstate.optim import (
     GradNormLoRP,
     OwLore,
     param_groups,
+    shard_placement,
     state_bytes,
 )
 from slimstate.optim.layer_sampling import LayerSampler
@@ -34,12 +36,17 @@ class Recipe:
         lr_factor: its learning rate where the preset's is AdamW's.
         options: what it takes from the command line beside the learning rate.
         sampler: of layers, beside the optimizer.
+        placement: the dimension that each parameter is sharded on, as `fully_shard` asks for it; None for dim 0, which
+            FRUGAL's columns need.
+        sharded: whether it can step on parameters that are divided over processes.
     """
 
     build: Callable[[nn.Module, float, Namespace], torch.optim.Optimizer]
     lr_factor: float
     options: tuple[str, ...] = ()
     sampler: Callable[[nn.Module, torch.optim.Optimizer, Namespace], LayerSampler] | None = None
+    placement: Callable[[nn.Parameter], Shard | None] | None = shard_placement
+    sharded: bool = True
 
 
 def adamw(model: nn.Module, lr: float, args: Namespace) -> torch.optim.Optimizer:
@@ -144,10 +151,12 @@ RECIPES = {
     "adamp": Recipe(adamp, lr_factor=1),
     "sgdp": Recipe(sgdp, lr_factor=30),
     "galore": Recipe(galore, lr_factor=4, options=LOW_RANK),
-    "frugal": Recipe(frugal, lr_factor=5 / 3, options=("rank", "update_proj_gap")),
-    "frugal-contiguous": Recipe(partial(frugal, contiguous=True), lr_factor=5 / 3, options=("rank", "update_proj_gap")),
+    "frugal": Recipe(frugal, lr_factor=5 / 3, options=("rank", "update_proj_gap"), placement=None),
+    "frugal-contiguous": Recipe(
+        partial(frugal, contiguous=True), lr_factor=5 / 3, options=("rank", "update_proj_gap"), placement=None
+    ),
     "galore-adafactor": Recipe(galore_adafactor, lr_factor=4, options=LOW_RANK),
-    "galore-torch": Recipe(galore_torch, lr_factor=4, options=LOW_RANK),
+    "galore-torch": Recipe(galore_torch, lr_factor=4, options=LOW_RANK, sharded=False),
     "gradnorm": Recipe(gradnorm, lr_factor=4, options=LOW_RANK),
     "dct": Recipe(dct, lr_factor=4, options=("rank", "scale")),
     "dct-ef": Recipe(partial(dct, error_feedback="8bit"), lr_factor=4, options=("rank", "scale")),

@@ -3,8 +3,10 @@
     python examples/pretrain.py                                     # AdamW and GaLore, a few minutes on two cores
     python examples/pretrain.py --preset 60m --data texts/ --compare adamw galore
     torchrun --nproc-per-node 2 examples/pretrain.py --preset 130m --data texts/ --dtype bfloat16
+    torchrun --nproc-per-node 2 examples/pretrain.py --preset 1b --data texts/ --fsdp
 
-Ctrl-C saves; the same command goes on. Beside this file: `corpus.py` makes batches of a text, `optimizers.py` makes
+Under torchrun every process has a copy of the model, or with --fsdp a part of it and of the optimizer's state. Ctrl-C
+saves; the same command goes on. Beside this file: `corpus.py` makes batches of a text, `optimizers.py` makes
 optimizers by name, `report.py` draws the table and the plot.
 """
 
@@ -30,13 +32,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from corpus import EMBEDDED, Batches, Corpus, CorpusError, load_corpus, replacing
-from optimizers import RECIPES, held_bytes, projected_matrices, refreshes
+from optimizers import RECIPES, Recipe, held_bytes, projected_matrices, refreshes
 from report import write_report
 from slimstate.optim.layer_sampling import LayerSampler
 
@@ -132,6 +138,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--save-every", type=count, metavar="STEPS", help="(default: a tenth of the steps)")
     add("--out", type=Path, metavar="FOLDER", help="(default: runs/PRESET)")
     add("--fresh", action="store_true", help="start over, whatever is in --out")
+    add("--fsdp", action="store_true", help="divide model and state over torchrun's processes (FSDP2)")
     add("--threads", type=count, help="of the CPU (default: torch's)")
     add("--device", help="(default: cuda if there is one, else cpu)")
     args = parser.parse_args()
@@ -143,6 +150,11 @@ def parse_arguments() -> argparse.Namespace:
             setattr(args, option, default)
         elif option not in used:
             parser.error(f"--{option.replace('_', '-')} means nothing to {' and '.join(args.optimizers)}")
+
+    if args.fsdp and "WORLD_SIZE" not in os.environ:
+        parser.error("--fsdp divides the model over processes: start them by torchrun --nproc-per-node COUNT")
+    if args.fsdp and (whole := [name for name in args.optimizers if not RECIPES[name].sharded]):
+        parser.error(f"--fsdp: {' and '.join(whole)} cannot step on a part of a matrix; leave --fsdp out for it")
 
     preset = PRESETS[args.preset]
     for option in ("vocab", "seq", "batch", "steps"):
@@ -216,6 +228,19 @@ def processes(device: str) -> Iterator[torch.device]:
 def process() -> tuple[int, int]:
     """The number of this process, and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gathered(x: Any) -> Any:
+    """A copy of nested dicts in which the first process has whole tensors, on the CPU, for those that are divided.
+
+    All processes take part; to the others it returns None in their place.
+    """
+    if isinstance(x, dict):
+        return {key: gathered(value) for key, value in x.items()}
+    if not isinstance(x, DTensor):
+        return x
+    whole = x.full_tensor()
+    return whole.cpu() if process()[0] == 0 else None
 
 
 def say(text: str) -> None:
@@ -324,7 +349,8 @@ class Run:
         ]
         if different:
             raise RunError(f"{file} belongs to a run with other settings ({'; '.join(different)}); {advice}")
-        self.model.load_state_dict(saved["model"])
+        # Whole tensors, of which each process takes its part: by however many they were saved.
+        set_model_state_dict(self.model, saved["model"], options=StateDictOptions(full_state_dict=True))
         if self.sampler is not None:
             self.sampler.load_state_dict(saved["sampler"])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -338,12 +364,13 @@ class Run:
         Raises:
             RunError: if they cannot be written, for want of space, say.
         """
+        model, optimizer = gathered(self.model.state_dict()), gathered(self.optimizer.state_dict())
         if process()[0] > 0:
             return
         checkpoint = {
             "settings": self.settings,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": model,
+            "optimizer": optimizer,
             "scheduler": self.scheduler.state_dict(),
             "sampler": self.sampler.state_dict() if self.sampler is not None else None,
             "rng": torch.get_rng_state(),
@@ -368,8 +395,10 @@ def train(name: str, args: argparse.Namespace, corpus: Corpus, device: torch.dev
     """
     settings = run_settings(name, args, corpus)
     torch.manual_seed(args.seed)
-    model = make_model(args, corpus.vocab, device)
-    matrices, recipe = projected_matrices(model), RECIPES[name]
+    model, recipe = make_model(args, corpus.vocab, device), RECIPES[name]
+    if args.fsdp:
+        shard(model, recipe)
+    matrices = projected_matrices(model)
     optimizer = recipe.build(model, settings["lr"], args)
     sampler = recipe.sampler(model, optimizer, args) if recipe.sampler else None
     scheduler = LambdaLR(optimizer, lambda step: learning_rate(step, args.steps, args.warmup))
@@ -382,10 +411,13 @@ def train(name: str, args: argparse.Namespace, corpus: Corpus, device: torch.dev
     say(
         f"{name} {begins}: {sum(p.numel() for p in model.parameters()):,} weights, lr {settings['lr']:g}, "
         f"{args.steps:,} steps of {args.batch} x {args.seq} tokens, {device.type}, processes: {world}"
+        f"{', each with a part of the model' if args.fsdp else ''}"
     )
 
     batches = Batches(corpus.train, args.seq, args.batch, args.seed)
-    parallel = DistributedDataParallel(model, find_unused_parameters=sampler is not None) if world > 1 else model
+    parallel = model
+    if world > 1 and not args.fsdp:
+        parallel = DistributedDataParallel(model, find_unused_parameters=sampler is not None)
     bar = tqdm(
         total=args.steps,
         initial=progress.step,
@@ -400,6 +432,7 @@ def train(name: str, args: argparse.Namespace, corpus: Corpus, device: torch.dev
             parts = [x[number::world].to(device).chunk(args.accumulate) for x in batches(progress.step)]
             loss = backward(parallel, list(zip(*parts, strict=True)))
             norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             if not norm.isfinite():
                 raise RunError(f"{name}: the gradient of step {progress.step + 1:,} is not finite; lower --lr")
             seconds, refreshed = timed_step(optimizer, device)
@@ -461,6 +494,13 @@ def make_model(args: argparse.Namespace, vocab: int, device: torch.device) -> nn
     return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype)).to(device)
 
 
+def shard(model: nn.Module, recipe: Recipe) -> None:
+    """Divides a model over all processes, block by block, so that a step of the optimizer sends as little as can be."""
+    mesh = init_device_mesh(next(model.parameters()).device.type, (process()[1],))
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh, shard_placement_fn=recipe.placement)
+
+
 def learning_rate(step: int, steps: int, warmup: float) -> float:
     """Share of the peak: a linear rise, then half a cosine down to a tenth."""
     rise = warmup * steps
@@ -500,7 +540,10 @@ def backward(model: nn.Module, parts: list[tuple[Tensor, Tensor]]) -> float:
     total = torch.zeros((), device=parts[0][0].device)
     for i, (inputs, targets) in enumerate(parts):
         # Gradients are exchanged once, with the last part.
-        wait = isinstance(model, DistributedDataParallel) and i < len(parts) - 1
+        last = i == len(parts) - 1
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last)
+        wait = isinstance(model, DistributedDataParallel) and not last
         with model.no_sync() if wait else contextlib.nullcontext():
             loss = loss_sum(model, inputs, targets) / tokens
             loss.backward()
@@ -533,11 +576,13 @@ def evaluate(model: nn.Module, tokens: Tensor, args: argparse.Namespace) -> floa
     rows = max(1, 4096 // args.seq)
     inputs, targets = (x.view(-1, args.seq).split(rows) for x in (tokens[:whole], tokens[1 : whole + 1]))
     windows = [*zip(inputs, targets, strict=True), (tokens[None, whole:-1], tokens[None, whole + 1 :])]
+    windows = [(inputs, targets) for inputs, targets in windows if inputs.numel()]
     model.eval()
     total = torch.zeros((), device=device, dtype=torch.float64)
-    for inputs, targets in windows[number::world]:
-        if inputs.numel():
-            total += loss_sum(model, inputs.to(device).long(), targets.to(device).long())
+    for i in range(number, len(windows) + number, world):  # as many for each: a sharded model is gathered together
+        inputs, targets = windows[min(i, len(windows) - 1)]
+        loss = loss_sum(model, inputs.to(device).long(), targets.to(device).long())
+        total += loss if i < len(windows) else 0
     model.train()
     return over_processes(total).item() / (len(tokens) - 1)
 

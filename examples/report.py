@@ -33,10 +33,10 @@ COLUMNS = {
     "minutes": "{:.1f}",
 }
 LEGEND = """\
-loss, perplexity, bits/byte: on all held-out text. state bytes: the most that the optimizer keeps; on matrices: the part
-of it for the matrices that low-rank optimizers project. step ms: median time of optimizer.step() where no basis
-changes, or of all where some does in each; refresh ms: what it takes longer for each basis that changes. minutes:
-training, without evaluations."""
+loss, perplexity, bits/byte: on all held-out text. state bytes: the most that the optimizer keeps in one process; on
+matrices: the part of it for the matrices that low-rank optimizers project. step ms: median time of optimizer.step()
+where no basis changes, or of all where some does in each; refresh ms: what it takes longer for each basis that changes.
+minutes: training, without evaluations."""
 
 
 def write_report(folder: Path, names: list[str], corpus: Corpus) -> str:

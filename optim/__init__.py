@@ -12,6 +12,7 @@ from .adamw import AdamW
 from .backward import InBackward, in_backward
 from .convert import from_galore_torch
 from .dct import DCTAdamW
+from .distributed import shard_placement, share_refreshes
 from .frugal import FRUGAL
 from .galore import GaLoreAdamW
 from .gradnorm import GradNormLoRP
@@ -36,5 +37,7 @@ __all__ = [
     "in_backward",
     "outlier_scores",
     "param_groups",
+    "shard_placement",
+    "share_refreshes",
     "state_bytes",
 ]

@@ -5,7 +5,7 @@ import inspect
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, overload
 
@@ -85,6 +85,7 @@ class Entry:
         state: what this process holds of its state.
         step: which step of its own this is, from 1 on. A tensor in compiled code, as every number that changes.
         draw: what its random bits in this step depend on: (seed, stream, step), or all keys (PURPOSES,) as a tensor.
+        sums: where it is divided and its step needs them, what `_exchange` found out about all of its parts.
     """
 
     param: Tensor
@@ -94,6 +95,7 @@ class Entry:
     state: State
     step: Number
     draw: tuple[int, int, int] | Tensor
+    sums: Any = field(default=None, kw_only=True)
 
     @property
     def grad(self) -> Tensor:
@@ -130,6 +132,7 @@ class Optimizer(torch.optim.Optimizer):
     def __init__(self, params: ParamsT, defaults: Group) -> None:
         self._check(defaults)
         self._forms: dict[Tensor, tuple[Any, ...]] = {}  # the dtype, device and settings that states were made for
+        self._shaped: set[int] = set()  # the groups, by position, that had a parameter whose shape matters
         super().__init__(params, defaults)
 
     def _check(self, group: Group) -> None:
@@ -151,6 +154,10 @@ class Optimizer(torch.optim.Optimizer):
     def _axes(self, key: str, p: Tensor, group: Group) -> str:
         """The axes of a state's tensor, for a parameter that is divided; see `Part`."""
         return "".join(map(str, range(p.ndim)))
+
+    def _has_shape(self, p: Tensor, group: Group) -> bool:
+        """Whether a step treats this parameter by its shape, and would treat it otherwise if it were flattened."""
+        return False
 
     def _part(self, p: Tensor, group: Group) -> Part | None:
         """Where what this process holds of a parameter lies in it; None where it is whole.
@@ -206,6 +213,7 @@ class Optimizer(torch.optim.Optimizer):
                 if isinstance(p, Tensor):
                     self._part(p, group)
         super().add_param_group(group | {"nonfinite_steps": 0})
+        self._note_shapes(len(self.param_groups) - 1)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -224,8 +232,9 @@ class Optimizer(torch.optim.Optimizer):
             What the closure returned, else None.
 
         Raises:
-            RuntimeError: for a sparse or complex gradient, or a parameter on the meta device, before anything is
-                changed.
+            RuntimeError: for a sparse or complex gradient, a parameter on the meta device, or parameters that were
+                replaced by a flat one, before anything is changed.
+            NotImplementedError: for a parameter that FSDP1 or DeepSpeed has flattened since.
             FloatingPointError: for a gradient that is not finite, in a group with nonfinite="raise"; nothing but the
                 group's count of them is changed.
         """
@@ -244,6 +253,7 @@ class Optimizer(torch.optim.Optimizer):
     def _prepared(self, *, compiling: bool) -> list[tuple[Group, Any]]:
         """Each group's hyperparameters in this step, and what `_arranged` made of its entries."""
         self._check_gradients()
+        self._check_shapes()
         if self._skips():
             return []
         self._create_states()
@@ -284,6 +294,26 @@ class Optimizer(torch.optim.Optimizer):
                 raise RuntimeError(
                     f"parameter {name} is on the meta device and has no data: materialise the model (`to_empty`, then "
                     "its weights), and put its new parameters into the optimizer's groups"
+                )
+
+    def _note_shapes(self, i: int) -> None:
+        group = self.param_groups[i]
+        self._shaped.discard(i)
+        if any(self._has_shape(p, group) for p in group["params"]):
+            self._shaped.add(i)
+
+    def _check_shapes(self) -> None:
+        """Refuses what a wrapper has made of parameters since they were added, before it gets a state."""
+        for i, group in enumerate(self.param_groups):
+            new = [p for p in group["params"] if "step" not in self.state.get(p, {}) and self._gradients(p)]
+            for p in new:
+                refuse_flat(p)
+            if new and i in self._shaped and not any(self._has_shape(p, group) for p in group["params"]):
+                raise RuntimeError(
+                    f"group {i} had parameters of two or more dimensions and has shapes "
+                    f"{[tuple(p.shape) for p in group['params'][:4]]} now: a wrapper (ZeRO) has replaced them by flat "
+                    "partitions, which have lost their shapes. Use torch.distributed.fsdp.fully_shard (FSDP2), or "
+                    "torch.distributed.optim.ZeroRedundancyOptimizer, which keep them"
                 )
 
     def _skips(self) -> bool:
@@ -508,6 +538,9 @@ class Optimizer(torch.optim.Optimizer):
         """Fills in what the state of an older checkpoint lacks."""
         super().__setstate__(state)
         self._forms = {}
+        self._shaped = set()
+        for i in range(len(self.param_groups)):
+            self._note_shapes(i)
         self.defaults.pop("differentiable", None)  # torch puts it there, and no group has it
         for position, (_, p, _) in enumerate(self._named()):
             if entry := self.state.get(p):

@@ -28,7 +28,17 @@ from .groups import shape_text, table
 if TYPE_CHECKING:
     from .backward import InBackward
 
-__all__ = ["DEFAULT_RANK", "Arranged", "Matrix", "ProjectedOptimizer", "due", "rotate_"]
+__all__ = [
+    "DEFAULT_RANK",
+    "Arranged",
+    "Matrix",
+    "ProjectedOptimizer",
+    "Task",
+    "counts_apart",
+    "due",
+    "rotate_",
+    "tasks_of",
+]
 
 DEFAULT_RANK = 0.25  # of the smaller side: about what GaLore takes, 128 of 512 to 1024 of 4096
 TOGETHER_BYTES = 1 << 20  # of projected gradients; larger ones are given back to the system and faulted in again
@@ -259,6 +269,9 @@ class ProjectedOptimizer(Optimizer):
             any(group[key] is not None for key in self.shares) and p.ndim >= group["batch_dims"] + 2 and p.numel() > 0
         )
 
+    def _has_shape(self, p: Tensor, group: Group) -> bool:
+        return self._is_chosen(p, group)
+
     def _is_projected(self, p: Tensor, group: Group) -> bool:
         """Whether it has a basis."""
         return self._is_chosen(p, group)
@@ -421,7 +434,7 @@ class ProjectedOptimizer(Optimizer):
     def _on_rows(self, matrix: Matrix, projection: Projection) -> tuple[Matrix, Projection]:
         """A matrix of which this process has some rows d, with these rows of its basis."""
         assert matrix.part is not None
-        rows = matrix.part.cut(matrix.state[projection.key], "b" * len(matrix.view.lead) + "dr")
+        rows = matrix.part.cut(matrix.state[projection.key], "." * len(matrix.view.lead) + "dr")
         return replace(matrix, state=matrix.state | {projection.key: rows}), projection
 
     def _exchange(self, prepared: list[tuple[Group, Any]]) -> None:
@@ -437,16 +450,21 @@ class ProjectedOptimizer(Optimizer):
 
     def _refresh_all(self, matrices: list[tuple[Matrix, bool]], group: Group, projection: Projection) -> None:
         """Fits the bases that are due, as the flags say, together with the processes that hold or share them."""
+        stacks = [x for x, scheduled in matrices if counts_apart(x, scheduled)]
         together: dict[Ranks, list[Task]] = {}
         for matrix, scheduled in matrices:
             if (ranks := self._ranks(matrix)) is None:
                 self._refresh(matrix, group, projection, scheduled=scheduled)
             else:
-                together.setdefault(ranks, []).extend(_tasks(matrix, scheduled))
+                together.setdefault(ranks, []).extend(tasks_of(matrix, scheduled))
         for ranks, tasks in together.items():
             for i in range(0, len(tasks), len(ranks)):
                 self._refresh_together(tasks[i : i + len(ranks)], ranks, group, projection)
-        counted = [(x.state["refreshes"].to(x.p.device), x) for x, _ in matrices if x.part and x.part.divides("b")]
+        self._share_counts(stacks)
+
+    def _share_counts(self, stacks: list[Matrix]) -> None:
+        """Brings the counts of stacks together whose matrices were refreshed by several processes."""
+        counted = [(x.state["refreshes"].to(x.p.device), x) for x in stacks]
         total_([(counts, x.part.groups("b")) for counts, x in counted if x.part], largest=True)
         for counts, x in counted:
             x.state["refreshes"].copy_(counts)
@@ -460,7 +478,7 @@ class ProjectedOptimizer(Optimizer):
 
         A matrix that has no basis yet is due at every step. One whose gradient is zero or not finite keeps what it has.
         """
-        for task in _tasks(matrix, scheduled):
+        for task in tasks_of(matrix, scheduled):
             gradient = self._fitted_to(matrix, group, task.j)
             if _usable(largest_magnitude(gradient).item()):
                 self._renew_(task, group, projection, projection.fit(gradient, task.old(projection), task.counter))
@@ -538,12 +556,18 @@ class Task:
         return self.matrix.member(self.matrix.state[projection.key], self.j) if self.count else None
 
 
-def _tasks(matrix: Matrix, scheduled: bool) -> list[Task]:
+def tasks_of(matrix: Matrix, scheduled: bool) -> list[Task]:
     counts = matrix.state["refreshes"].view(-1).tolist()
     here = list(range(len(counts)))
     if matrix.part is not None and matrix.part.divides("b"):
         here = matrix.part.cut(torch.arange(len(counts)), "b").tolist()
     return [Task(matrix, j, i, counts[i]) for j, i in enumerate(here) if scheduled or not counts[i]]
+
+
+def counts_apart(matrix: Matrix, scheduled: bool) -> bool:
+    """Whether processes are about to refresh other matrices of a stack than this one."""
+    divided = matrix.part is not None and matrix.part.divides("b")
+    return divided and (scheduled or not matrix.state["refreshes"].all())
 
 
 def _largest(gradient: Tensor) -> Tensor:

@@ -2,10 +2,10 @@
 the few sums that steps and refreshes need. Nothing here knows an optimizer."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DeviceMesh, Placement
 
-__all__ = ["Part", "Ranks", "local", "part_of", "total_"]
+__all__ = ["Part", "Ranks", "Sums", "local", "part_of", "together", "total_"]
+
+T = TypeVar("T")
+
+Sums = Generator[list[tuple[Tensor, tuple["ProcessGroup", ...]]], None, T]
+"""Yields tensors and the groups over which they are to be summed, goes on when they are, and returns what follows."""
 
 
 def local(x: Tensor) -> Tensor:
@@ -321,3 +326,18 @@ def total_(tensors: Iterable[tuple[Tensor, tuple["ProcessGroup", ...]]], *, larg
             dist.all_reduce(message, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=group)
         for x, y in zip(some, message.split([x.numel() for x in some]), strict=True):
             x.copy_(y.view(x.shape))
+
+
+def together(tasks: Iterable[Sums[T]]) -> list[T]:
+    """What the tasks return: what they yield is summed in place, in rounds, one message for all tasks of a round."""
+    running, results = dict(enumerate(tasks)), {}
+    while running:
+        parts = []
+        for i, task in list(running.items()):
+            try:
+                parts += next(task)
+            except StopIteration as end:
+                results[i] = end.value
+                del running[i]
+        total_(parts)
+    return [results[i] for i in sorted(results)]

@@ -3,7 +3,8 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,11 +28,32 @@ from ._adam import (
     store_,
 )
 from ._base import Entry, Group, Spec, refuse
-from ._projected import DEFAULT_RANK, ROTATED_EXP_AVG, Matrix, ProjectedOptimizer
+from ._projected import DEFAULT_RANK, ROTATED_EXP_AVG, Arranged, Matrix, ProjectedOptimizer
+from ._sharding import Part, Sums, part_of, together
 
 __all__ = ["GaLoreAdafactor"]
 
 DECAY = 5  # purpose of random bits: a weight that decays in a pass of its own; after `_projected`'s
+
+DENSE_AXES = {"exp_avg_sq_row": "m", "exp_avg_sq_col": "n"}
+
+
+class Factors(NamedTuple):
+    """What a step needs of all parts of a matrix; of a stack of b, with a leading axis.
+
+    Args:
+        rows: mean squares of the rows that are here (rows, 1).
+        columns: of the columns that are here (1, columns).
+        mean: of a, as it is after this step (1, 1).
+        clip: the factor that clips U (1, 1).
+        weight: RMS(W) (b,); None where the step does not go by it.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    mean: Tensor
+    clip: Tensor
+    weight: Tensor | None
 
 
 class GaLoreAdafactor(ProjectedOptimizer):
@@ -120,6 +142,8 @@ class GaLoreAdafactor(ProjectedOptimizer):
         {'exp_avg_sq_row': (4,), 'exp_avg_sq_col': (16,)}
     """
 
+    axes: ClassVar[dict[str, str]] = ProjectedOptimizer.axes | {"exp_avg_sq_row": "r", "exp_avg_sq_col": "k"}
+
     def __init__(
         self,
         params: ParamsT,
@@ -175,6 +199,9 @@ class GaLoreAdafactor(ProjectedOptimizer):
         )
         super().__init__(params, defaults)
 
+    def _has_shape(self, p: Tensor, group: Group) -> bool:
+        return p.ndim > 1  # factored, projected or not
+
     def _check_rule(self, group: Group) -> None:
         check_adafactor(group)
 
@@ -189,6 +216,31 @@ class GaLoreAdafactor(ProjectedOptimizer):
         if group["beta1"] is not None:
             spec["exp_avg"] = (shape, moment_dtype(p, group))
         return spec
+
+    def _axes(self, key: str, p: Tensor, group: Group) -> str:
+        if self._is_projected(p, group) or key not in DENSE_AXES:
+            return super()._axes(key, p, group)
+        return "b" * len(dense_view(p, group).lead) + DENSE_AXES[key]
+
+    def _part(self, p: Tensor, group: Group) -> Part | None:
+        return super()._part(p, group) if self._is_projected(p, group) else part_of(p, dense_view(p, group))
+
+    def _divided(self, matrix: Matrix, group: Group, projection: Projection) -> tuple[list[Matrix], Projection] | None:
+        if matrix.part is None or matrix.part.divides("d") or not matrix.part.divides("k"):
+            return super()._divided(matrix, group, projection)
+        # An empty part too: it has its copy of a.
+        return [replace(matrix, reduced=matrix.reduced or self._reduce(matrix, group, projection))], projection
+
+    def _exchange(self, prepared: list[tuple[Group, Arranged]]) -> None:
+        """Sums what R, the statistics, the clipping and the step size need of parameters that are divided."""
+        divided: list[tuple[Any, int, Sums[Factors]]] = []
+        for group, (dense, matrices) in prepared:
+            for some in (dense, *(some for some, _ in matrices)):
+                for i, x in enumerate(some):
+                    if x.part is not None and x.part.divides("mn") and x.param.numel():
+                        divided.append((some, i, factors(x, group)))
+        for (some, i, _), result in zip(divided, together(task for *_, task in divided), strict=True):
+            some[i] = replace(some[i], sums=result)
 
     def _rotate_(self, matrix: Matrix, group: Group, j: int, overlap: Tensor) -> None:
         r"""With :math:`C = Q_\text{new}^\top Q_\text{old}`, and as if coordinates were uncorrelated,
@@ -213,21 +265,27 @@ class GaLoreAdafactor(ProjectedOptimizer):
     ) -> None:
         for x, (r,) in zip(matrices, reduced, strict=True):
             state = x.state
-            squares = r.square()
+            squares, sums = r.square(), x.sums
             a, b = inverse_roots_(
                 state["exp_avg_sq_row"].unsqueeze(-1),
                 state["exp_avg_sq_col"].unsqueeze(-2),
-                squares.mean(-1, keepdim=True),
-                squares.mean(-2, keepdim=True),
+                squares.mean(-1, keepdim=True) if sums is None else sums.rows,
+                squares.mean(-2, keepdim=True) if sums is None else sums.columns,
                 x.age,
                 group,
             )
             u = torch.mul(r, a, out=squares).mul_(b)
             eta = step_size(x, x.view, group)
-            length = torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=True)
-            u.mul_(eta * clipping(length, u.shape[-2] * u.shape[-1], group))
+            if sums is None:
+                length = torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=True)
+                clip = clipping(length, u.shape[-2] * u.shape[-1], group)
+            else:
+                clip = sums.clip
+            u.mul_(eta * clip)
             if group["beta1"] is not None:
                 u = average_(state["exp_avg"], u, group["beta1"], x.key(EXP_AVG))
+            if not x.p.numel():
+                continue
             decay: Number = 1.0
             if group["scale_parameter"] and group["weight_decay"]:
                 self._decay_(x, eta, group)
@@ -255,34 +313,40 @@ class GaLoreAdafactor(ProjectedOptimizer):
 
     def _dense_step_(self, entries: list[Entry], group: Group) -> None:
         for x in entries:
-            if x.p.numel():
+            if x.p.numel() or x.sums is not None:  # an empty part has its copy of a statistic
                 self._step_in_rows_(x, group)
 
     def _step_in_rows_(self, x: Entry, group: Group) -> None:
         """The rule on whole matrices: a first pass over rows of G finds its mean squares, a second one the length of U,
         and a third one steps."""
-        state, dtype, view = x.state, compute_dtype(x.p.dtype), dense_view(x.p, group)
+        state, dtype, view, sums = x.state, compute_dtype(x.p.dtype), dense_view(x.p, group), x.sums
         grads = view.members(x.grad.reshape(view.shape))
-        row = state["exp_avg_sq_row"].view(-1, view.rows, 1)
-        column = state["exp_avg_sq_col"].view(-1, 1, view.columns)
+        row, column = statistics(x, view)
 
         def gradient(j: int, rows: slice) -> Tensor:
-            return grads[j][rows].to(dtype).reshape(-1, view.columns)
+            return grads[j][rows].to(dtype).flatten(1)
 
         eta = step_size(x, view, group)
         etas = eta.view(-1).unbind() if isinstance(eta, Tensor) and eta.ndim else [eta] * len(grads)
         left, right = [], []
         for j in range(len(grads)):
-            row_means, column_sums = torch.empty_like(row[j]), torch.zeros_like(column[j])
-            for s in blocks(grads[j], 0, dtype.itemsize):
-                squares = gradient(j, s).square()
-                row_means[s] = squares.mean(1, keepdim=True)
-                column_sums += squares.sum(0, keepdim=True)
-            column_means = column_sums.div_(view.rows)
-            a, b = inverse_roots_(row[j], column[j], row_means, column_means, x.step, group)
-            length = joint_length(gradient(j, s).mul(a[s]).mul_(b) for s in blocks(grads[j], 0, dtype.itemsize))
-            left.append(a.mul_(etas[j] * clipping(length, grads[j].numel(), group)))
+            if sums is not None:
+                a, b = inverse_roots_(row[j], column[j], sums.rows[j], sums.columns[j], x.step, group, sums.mean[j])
+                clip = sums.clip[j]
+            else:
+                row_means, column_sums = torch.empty_like(row[j]), torch.zeros_like(column[j])
+                for s in blocks(grads[j], 0, dtype.itemsize):
+                    squares = gradient(j, s).square()
+                    row_means[s] = squares.mean(1, keepdim=True)
+                    column_sums += squares.sum(0, keepdim=True)
+                column_means = column_sums.div_(view.rows)
+                a, b = inverse_roots_(row[j], column[j], row_means, column_means, x.step, group)
+                length = joint_length(gradient(j, s).mul(a[s]).mul_(b) for s in blocks(grads[j], 0, dtype.itemsize))
+                clip = clipping(length, grads[j].numel(), group)
+            left.append(a.mul_(etas[j] * clip))
             right.append(b)
+        if not x.p.numel():
+            return
 
         exp_avgs = None if group["beta1"] is None else view.members(state["exp_avg"].view(view.shape))
         key = x.key(EXP_AVG)
@@ -305,17 +369,107 @@ def step_size(x: Entry, view: MatrixView, group: Group) -> Number:
     lr = group["lr"]
     if lr is None:
         lr = smaller(1e-6 * x.step if group["warmup_init"] else 1e-2, x.step**-0.5)
+    if not group["scale_parameter"]:  # two 0-d tensors would meet in float64
+        return lr.to(compute_dtype(x.p.dtype)) if isinstance(lr, Tensor) else lr
+    if x.sums is None:
+        rms = weight_lengths(x, view).div_(math.sqrt(view.rows * view.columns))
+    else:
+        rms = x.sums.weight
+    return rms.clamp_(min=group["eps"][1]).mul_(lr).view(*view.lead, 1, 1)
+
+
+def weight_lengths(x: Entry, view: MatrixView) -> Tensor:
+    """|W|_F of each matrix that is here (b,)."""
     dtype, low = compute_dtype(x.p.dtype), x.state.get("compensation")
-    if not group["scale_parameter"]:
-        return lr.to(dtype) if isinstance(lr, Tensor) else lr  # two 0-d tensors would meet in float64
     weights = view.members(x.p.reshape(view.shape))
+    if not x.p.numel():
+        return x.p.new_zeros(len(weights), dtype=dtype)
     lows = [None] * len(weights) if low is None else view.members(low.view(view.shape))
     lengths = [
         joint_length(widen(w[s], None if rest is None else rest[s], dtype) for s in blocks(w, 0, dtype.itemsize))
         for w, rest in zip(weights, lows, strict=True)
     ]
-    rms = torch.stack(lengths).div_(math.sqrt(view.rows * view.columns))
-    return rms.clamp_(min=group["eps"][1]).mul_(lr).view(*view.lead, 1, 1)
+    return torch.stack(lengths)
+
+
+def factors(x: Entry, group: Group) -> Sums[Factors]:
+    r"""What the rule needs of X, which is R or a whole gradient, where this process holds a part of it.
+
+    The clipping goes by
+
+    .. math::
+        \|U\|_F^2 = \operatorname{mean}(a) \sum_{ij} \frac{X_{ij}^2}{a_i\, b_j}.
+
+    Where columns are divided, their b is known here, and where rows are, their a. Sums of X^2 over what is divided,
+    weighted by what is known, are sent with the plain ones that the other factor waits for: one message, of two numbers
+    for each of its entries, where the length alone would need another one.
+    """
+    assert x.part is not None
+    view, dtype = x.view if isinstance(x, Matrix) else dense_view(x.p, group), compute_dtype(x.p.dtype)
+    row, column = statistics(x, view)
+    weights = [weight_lengths(x, view).square_()] if group["scale_parameter"] else []
+    if isinstance(x, Matrix):
+        assert x.reduced is not None
+        (r,) = x.reduced
+        if down := x.part.groups("d"):
+            yield [(y, down) for y in (r, *weights)]
+        over, across = (), x.part.groups("k")
+        xs, rows, columns = r.reshape(len(row), *r.shape[-2:]).unbind(), r.shape[-2], x.whole.k
+    else:
+        over, across = x.part.groups("m"), x.part.groups("n")
+        whole = dense_view(x.param, group)
+        xs, rows, columns = view.members(x.grad.reshape(view.shape)), whole.rows, whole.columns
+
+    def sums(dim: int, by: Tensor | None = None) -> list[Tensor]:
+        """Of X^2 over a dimension, and of X^2 / by."""
+        found = [torch.zeros_like(column if dim == 0 else row) for _ in range(1 if by is None else 2)]
+        for j, y in enumerate(xs):
+            for s in blocks(y, 0, dtype.itemsize):
+                squares = y[s].to(dtype).flatten(1).square()
+                for i, into in enumerate(found):
+                    if i == 1:
+                        squares.div_(by[j][s] if dim == 0 else by[j])
+                    into[j][slice(None) if dim == 0 else s] += squares.sum(dim, keepdim=True)
+        return found
+
+    if across and not over:
+        (of_columns,) = sums(0)
+        b = taken(column, of_columns / rows, x.age, group)
+        of_rows, weighted = sums(1, b)
+        yield [(y, across) for y in (of_rows, weighted, *weights)]
+        a = taken(row, of_rows / columns, x.age, group)
+        mean = a.mean(1, keepdim=True)
+        square = (weighted * (mean / a)).sum(1, keepdim=True)
+    else:
+        (of_rows,) = sums(1)
+        if across:
+            yield [(y, across) for y in (of_rows, *weights)]
+        a = taken(row, of_rows / columns, x.age, group)
+        of_columns, weighted = sums(0, a)
+        mean = a.sum(1, keepdim=True)
+        if over:
+            yield [(y, over) for y in (of_columns, weighted, mean, *weights)]
+        mean = mean / rows
+        b = taken(column, of_columns / rows, x.age, group)
+        square = (weighted * (mean / b)).sum(2, keepdim=True)
+        if across:
+            yield [(square, across)]
+    clip = clipping(square.sqrt_(), rows * columns, group)
+    lead = view.lead if isinstance(x, Matrix) else (len(row),)
+    shaped = (y.reshape(*lead, *y.shape[1:]) for y in (of_rows / columns, of_columns / rows, mean, clip))
+    entries = x.part.view.rows * x.part.view.columns
+    return Factors(*shaped, (weights[0] / entries).sqrt_() if weights else None)
+
+
+def statistics(x: Entry, view: MatrixView) -> tuple[Tensor, Tensor]:
+    """What is kept of rows and of columns, as they are here (b, rows, 1) and (b, 1, columns)."""
+    row, column, b = x.state["exp_avg_sq_row"], x.state["exp_avg_sq_col"], math.prod(view.lead)
+    return row.view(b, row.shape[-1], 1), column.view(b, 1, column.shape[-1])
+
+
+def taken(statistic: Tensor, means: Tensor, age: Number, group: Group) -> Tensor:
+    """A statistic as it is after these mean squares were taken into it."""
+    return lerp_(statistic.clone(), means + group["eps"][0], age ** group["decay_rate"])
 
 
 def check_adafactor(group: Group) -> None:
@@ -364,14 +518,20 @@ def dense_view(p: Tensor, group: Group) -> MatrixView:
 
 
 def inverse_roots_(
-    row: Tensor, column: Tensor, row_means: Tensor, column_means: Tensor, age: Number, group: Group
+    row: Tensor,
+    column: Tensor,
+    row_means: Tensor,
+    column_means: Tensor,
+    age: Number,
+    group: Group,
+    mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Takes mean squares (r x 1 and 1 x k, or stacks) into the statistics, and returns the two factors, of the same
-    shapes, by which R becomes U."""
+    shapes, by which R becomes U; mean(a) where not all rows are here."""
     weight = age ** group["decay_rate"]  # 1 at first: what the statistics were before does not count
     lerp_(row, row_means.add_(group["eps"][0]), weight)
     lerp_(column, column_means.add_(group["eps"][0]), weight)
-    return (row / row.mean(-2, keepdim=True)).rsqrt_(), column.rsqrt()
+    return (row / (row.mean(-2, keepdim=True) if mean is None else mean)).rsqrt_(), column.rsqrt()
 
 
 def joint_length(parts: Iterable[Tensor]) -> Tensor:

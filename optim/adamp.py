@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,10 +29,26 @@ from ._adam import (
     weight_spec,
 )
 from ._base import Entry, Group, Optimizer, Spec, refuse
+from ._sharding import Sums, together
 
 __all__ = ["SGDP", "AdamP"]
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+
+
+class Views(NamedTuple):
+    r"""What the test goes by.
+
+    Args:
+        dots: :math:`\langle w_i, g_i \rangle, \|g_i\|^2, \|w_i\|^2, \langle w_i, u_i \rangle` of each row (4, rows, 1,
+            ...).
+        channel: whether the channel view fires (0-d).
+        layer: the sums of the dots over all rows (4, 1, 1, ...); None where that view is not tried.
+    """
+
+    dots: Tensor
+    channel: Tensor
+    layer: Tensor | None
 
 
 class TangentOptimizer(Optimizer):
@@ -53,40 +70,82 @@ class TangentOptimizer(Optimizer):
         """Takes a block G of the gradient into the moments, its t-th, and returns U; may be one of the moments."""
         raise NotImplementedError
 
+    def _has_shape(self, p: Tensor, group: Group) -> bool:
+        return is_tested(p, group)
+
     def _decay(self, group: Group) -> Number:
         """The decoupled decay rate where no view fires."""
         rate: float = group["weight_decay"]
         return rate
+
+    def _exchange(self, prepared: list[tuple[Group, list[Entry]]]) -> None:
+        """Finds out about the views of parameters whose rows or columns are divided."""
+        tested = [
+            (entries, i, self._divided_views(x, group))
+            for group, entries in prepared
+            for i, x in enumerate(entries)
+            if x.part is not None and x.part.held and x.param.numel() and is_tested(x.p, group)
+        ]
+        for (entries, i, _), views in zip(tested, together(views for *_, views in tested), strict=True):
+            entries[i] = replace(entries[i], sums=views)
+
+    def _divided_views(self, x: Entry, group: Group) -> Sums[Views]:
+        """The views of a parameter of which this process holds a part, from two rounds of sums at most."""
+        assert x.part is not None
+        shape, across = x.part.shape, "".join(map(str, range(1, x.p.ndim)))
+        dots = self._dots(x, group)
+        if x.part.divides(across):
+            yield [(dots, x.part.groups(across))]
+        orthogonal, seen = looks(dots, math.prod(shape[1:]), group)
+        # Summed, votes tell whether a row of any process keeps the view from firing, and if not whether one was seen.
+        vote = torch.where(orthogonal, seen.to(dots.dtype), math.inf)
+        layer = dots.sum(1, keepdim=True) if group["layer_view"] else None
+        if x.part.divides("0"):
+            yield [(y, x.part.groups("0")) for y in (vote, layer) if y is not None]
+        return Views(dots, (vote > 0) & vote.isfinite(), layer)
 
     def _step_group(self, group: Group, entries: list[Entry]) -> None:
         for x in entries:
             if x.p.numel():
                 self._update(x, group)
 
+    def _blocks(
+        self, x: Entry, group: Group, *, copy: bool
+    ) -> Iterator[tuple[slice, Tensor, Tensor, list[Tensor], Tensor]]:
+        """Rows of W: which, W and G there, the moments after this step (in their own memory, unless copied), and U."""
+        p, dtype, low = x.p, compute_dtype(x.p.dtype), rounding(x, group).low
+        w, g, *moments = map(torch.atleast_1d, (p, x.grad, *(x.state[key] for key in MOMENTS if key in x.state)))
+        low = None if low is None else torch.atleast_1d(low)
+        for s in blocks(w, 0, 4 * dtype.itemsize):  # several temporaries of a block live at once
+            g_s = -g[s].to(dtype) if group["maximize"] else g[s].to(dtype)
+            wide = [moment[s].to(dtype, copy=copy) for moment in moments]
+            w_s = w[s] if p.dtype == dtype else widen(w[s], None if low is None else low[s], dtype)
+            yield s, w_s, g_s, wide, self._direction(g_s, wide, x.step, group)
+
+    def _dots(self, x: Entry, group: Group) -> Tensor:
+        """As in `Views`, over what this process holds of each row."""
+        dots = [
+            torch.stack([row_sums(y) for y in (w_s * g_s, g_s * g_s, w_s * w_s, w_s * u)])
+            for _, w_s, g_s, _, u in self._blocks(x, group, copy=True)
+        ]
+        if not dots:
+            return x.p.new_zeros((4, 0, *[1] * (x.p.ndim - 1)), dtype=compute_dtype(x.p.dtype))
+        return torch.cat(dots, 1)
+
     def _update(self, x: Entry, group: Group) -> None:
         p, dtype, how = x.p, compute_dtype(x.p.dtype), rounding(x, group)
         lr = group["lr"]
-        w, g, *moments = map(torch.atleast_1d, (p, x.grad, *(x.state[key] for key in MOMENTS if key in x.state)))
+        w, *moments = map(torch.atleast_1d, (p, *(x.state[key] for key in MOMENTS if key in x.state)))
         low = None if how.low is None else torch.atleast_1d(how.low)
-
-        def directions(*, copy: bool) -> Iterator[tuple[slice, Tensor, Tensor, list[Tensor], Tensor]]:
-            for s in blocks(w, 0, 4 * dtype.itemsize):  # several temporaries of a block live at once
-                g_s = -g[s].to(dtype) if group["maximize"] else g[s].to(dtype)
-                wide = [moment[s].to(dtype, copy=copy) for moment in moments]
-                w_s = w[s] if p.dtype == dtype else widen(w[s], None if low is None else low[s], dtype)
-                yield s, w_s, g_s, wide, self._direction(g_s, wide, x.step, group)
 
         factor: Number = 1 - lr * self._decay(group)
         columns = p.numel() // len(w)
         if is_tested(p, group):
-            dots = [
-                torch.stack([row_sums(y) for y in (w_s * g_s, g_s * g_s, w_s * w_s, w_s * u)])
-                for _, w_s, g_s, _, u in directions(copy=True)
-            ]
-            q, radial = radial_part(torch.cat(dots, 1), columns, group)
+            views = views_of(self._dots(x, group), columns, group) if x.sums is None else x.sums
+            q, radial = radial_part(views, p.numel() if x.part is None else math.prod(x.part.shape), group)
             factor = 1 - lr * self._decay(group) * q + lr * radial
 
-        for s, w_s, _, wide, u in directions(copy=False):
+        for s, w_s, _, wide, u in self._blocks(x, group, copy=False):
             w_s.mul_(factor[s] if isinstance(factor, Tensor) and factor.ndim else factor).sub_(u * lr)
             if p.dtype != dtype:
                 narrow_(w[s], w_s, how._replace(low=None if low is None else low[s]), s.start * columns)
@@ -105,36 +164,51 @@ def row_sums(x: Tensor) -> Tensor:
     return x.sum(tuple(range(1, x.ndim)), keepdim=True)
 
 
-def radial_part(dots: Tensor, columns: int, group: Group) -> tuple[Tensor, Tensor]:
-    r"""The test, and what follows from it, without a look at any value from Python.
+def views_of(dots: Tensor, columns: int, group: Group) -> Views:
+    """The views of a parameter that is whole, whose rows have this length."""
+    orthogonal, seen = looks(dots, columns, group)
+    return Views(dots, orthogonal & seen, dots.sum(1, keepdim=True) if group["layer_view"] else None)
+
+
+def looks(dots: Tensor, columns: int, group: Group) -> tuple[Tensor, Tensor]:
+    """Whether the gradients of all rows look orthogonal, and whether any row shows something (0-d); a view fires for
+    both.
 
     A row whose gradient or weight is no longer than epsilon shows nothing: it does not keep a view from firing, and a
     view of such rows only does not fire.
+    """
+    eps, tiny = group["eps"], torch.finfo(dots.dtype).tiny
+    wg, g_norm, w_norm = dots[0], dots[1].sqrt(), dots[2].sqrt()
+    cosine = wg.abs() / g_norm.clamp(min=max(eps, tiny)) / w_norm.clamp(min=max(eps, tiny))
+    seen = (g_norm > eps) & (w_norm > eps)
+    return (cosine < group["delta"] / math.sqrt(columns)).all(), seen.any()
+
+
+def multiples(dots: Tensor, eps: float) -> Tensor:
+    """Of each row, the multiple that is its step's radial part."""
+    return dots[3] / (dots[2].sqrt() + eps).square().clamp(min=torch.finfo(dots.dtype).tiny)
+
+
+def radial_part(views: Views, entries: int, group: Group) -> tuple[Tensor, Tensor]:
+    r"""What follows from the test, without a look at any value from Python.
 
     Args:
-        dots: :math:`\langle w_i, g_i \rangle, \|g_i\|^2, \|w_i\|^2, \langle w_i, u_i \rangle` of each row
-            (4, rows, 1, ...).
-        columns: length of a row.
+        views: of the parameter.
+        entries: how many it has.
         group: the hyperparameters.
 
     Returns:
         The factor q of the decay (0-d), and the multiple of each row that is its step's radial part (rows, 1, ...);
         (1, 0) where neither view fired.
     """
-    eps, tiny = group["eps"], torch.finfo(dots.dtype).tiny
-    fired = torch.zeros((), dtype=torch.bool, device=dots.device)
-    radial = torch.zeros_like(dots[0])
-    for view in ("channel", "layer") if group["layer_view"] else ("channel",):
-        if view == "layer":
-            columns *= dots.shape[1]
-            dots = dots.sum(1, keepdim=True)
-        wg, g_norm, w_norm, wu = dots[0], dots[1].sqrt(), dots[2].sqrt(), dots[3]
-        cosine = wg.abs() / g_norm.clamp(min=max(eps, tiny)) / w_norm.clamp(min=max(eps, tiny))
-        seen = (g_norm > eps) & (w_norm > eps)
-        fires = ~fired & (cosine < group["delta"] / math.sqrt(columns)).all() & seen.any()
-        radial = torch.where(fires, wu / (w_norm + eps).square().clamp(min=tiny), radial)
+    fired = views.channel
+    radial = torch.where(fired, multiples(views.dots, group["eps"]), 0)
+    if views.layer is not None:
+        orthogonal, seen = looks(views.layer, entries, group)
+        fires = ~fired & orthogonal & seen
+        radial = torch.where(fires, multiples(views.layer, group["eps"]), radial)
         fired = fired | fires
-    return 1 - (1 - group["wd_ratio"]) * fired.to(dots.dtype), radial
+    return 1 - (1 - group["wd_ratio"]) * fired.to(radial.dtype), radial
 
 
 def check_tangent(group: Group) -> None:

@@ -61,8 +61,8 @@ def in_backward(
 
     Raises:
         TypeError: if `optimizer` is not one of this package.
-        ValueError: if a step of it needs whole gradients; says why. For a `max_norm` that is not > 0, or `early_bases`
-            that is not a bool.
+        ValueError: if a step of it needs whole gradients, or parameters are divided over processes (DTensor); says why.
+            For a `max_norm` that is not > 0, or `early_bases` that is not a bool.
         RuntimeError: if it is in this mode already.
 
     Example:
@@ -150,6 +150,14 @@ class InBackward:
 
     def check_group(self, optimizer: ProjectedOptimizer, group: Group) -> None:
         """Whether a group's gradients can be projected before its step."""
+        params = group["params"]
+        for p in () if isinstance(params, Tensor) else params:
+            if hasattr(p[1] if isinstance(p, tuple) else p, "placements"):
+                raise ValueError(
+                    f"{type(optimizer).__name__} has parameters that are divided over processes (DTensor): fully_shard "
+                    "frees whole gradients during the backward pass by itself, and each process keeps its part; train "
+                    "without in_backward"
+                )
         projects = any(group[key] is not None for key in optimizer.shares)
         if projects and (reason := optimizer._needs_whole(group)):
             raise ValueError(f"{type(optimizer).__name__} needs whole gradients: {reason}")
@@ -228,6 +236,7 @@ class InBackward:
 
         Raises:
             RuntimeError: if somebody wrote to gradients after the backward pass.
+            ValueError: if somebody changed a group to what this mode does not take.
         """
         # What GradScaler.step sets on optimizers that say they support it, and deletes only after a step.
         scaled = [vars(optimizer).pop(key, None) is not None for key in ("grad_scale", "found_inf")]
@@ -236,6 +245,8 @@ class InBackward:
                 "GradScaler does not see gradients that were projected during the backward pass, nor an overflow in "
                 "them: train in bfloat16, which needs no scaling, or without in_backward"
             )
+        for group in optimizer.param_groups:
+            self.check_group(optimizer, group)  # somebody may have swapped its parameters
         for p in [p for p in self.reduced.keys() | self._kept.keys() if not p.requires_grad]:
             self.drop([p])
         for name, p, _ in optimizer._named():

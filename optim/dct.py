@@ -1,5 +1,6 @@
 """DCT-AdamW. Modoranu et al., 2025. https://arxiv.org/abs/2505.17967"""
 
+import math
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -10,12 +11,13 @@ from torch.optim.optimizer import ParamsT
 from slimstate.projections import DCT, Hadamard, Projection
 from slimstate.projections._base import compute_dtype
 from slimstate.projections._blocks import blocks, largest_magnitude
-from slimstate.projections._dictionary import Columns, FixedDictionary
+from slimstate.projections._dictionary import Columns, FixedDictionary, SomeRows
 
 from ._adam import aged_direction_, rounding, store_
 from ._base import Group, Spec, refuse
-from ._projected import DEFAULT_RANK, Matrix, ProjectedOptimizer
+from ._projected import DEFAULT_RANK, Matrix, ProjectedOptimizer, Task, counts_apart, tasks_of
 from ._quantize import LEVELS, codes_shape, decode, encode
+from ._sharding import Part, total_
 
 __all__ = ["DCTAdamW"]
 
@@ -50,6 +52,10 @@ class DCTAdamW(ProjectedOptimizer):
     too, while the moments take them as AdamW's do. Errors are added to the gradient as `step` finds it: after
     accumulation, unscaling and clipping, so that G + E may exceed the norm that was clipped to. A change of loss scale
     that is not undone before `step` would misread them.
+
+    Of parameters that are divided over processes, only a step with choices sends anything, in two messages for all
+    matrices of a group, d + 1 numbers each. Where the compressed axis is divided, it also turns rows of G into columns
+    for that, and every step sums R, in one message.
 
     Where this differs from the authors' code: `docs/dct.md`.
 
@@ -91,8 +97,8 @@ class DCTAdamW(ProjectedOptimizer):
         torch_keywords: `foreach`, `fused`, `capturable`, `differentiable` and `amsgrad`, where they change nothing.
 
     Raises:
-        ValueError: for a value out of range, an unknown group key, a torch keyword that is not supported, or a rank
-            where nothing can be projected.
+        ValueError: for a value out of range, an unknown group key, a torch keyword that is not supported, a rank where
+            nothing can be projected, or `8bit` or `4bit` errors along an axis that processes divide.
 
     Example:
         >>> import torch
@@ -106,6 +112,7 @@ class DCTAdamW(ProjectedOptimizer):
 
     projections: ClassVar[dict[str, Projection]] = {"dct": DCT(), "dct3": DCT(kind=3), "hadamard": Hadamard()}
     transports: ClassVar[tuple[str, ...]] = ("rotate", "keep")
+    axes: ClassVar[dict[str, str]] = ProjectedOptimizer.axes | {"ages": "r", "error": "kd", "error_scale": "k"}
 
     def __init__(
         self,
@@ -186,23 +193,87 @@ class DCTAdamW(ProjectedOptimizer):
                 spec["error_scale"] = (*view.lead, view.k), compute_dtype(p.dtype)
         return spec
 
+    def _part(self, p: Tensor, group: Group) -> Part | None:
+        part, kind = super()._part(p, group), group["error_feedback"]
+        if part is not None and kind in LEVELS and part.divides("d"):
+            raise ValueError(
+                f"error_feedback={kind!r} rounds along the compressed side, which processes divide of a parameter of "
+                f"shape {tuple(p.shape)}, {', '.join(map(str, part.placements))}: use error_feedback='param', another "
+                "side, or shard another dimension of it (shard_placement_fn of fully_shard)"
+            )
+        return part
+
+    def _refresh_all(self, matrices: list[tuple[Matrix, bool]], group: Group, projection: Projection) -> None:
+        """Chooses J where it is due, and together where the scores are sums over processes."""
+        assert isinstance(projection, FixedDictionary)
+        stacks = [x for x, scheduled in matrices if counts_apart(x, scheduled) and group["update_proj_gap"] > 1]
+        divided: list[Task] = []
+        for matrix, scheduled in matrices:
+            if _is_divided(matrix):
+                divided += self._begun(matrix, group, projection, scheduled)
+            else:
+                self._refresh(matrix, group, projection, scheduled=scheduled)
+        self._choose_together(divided, group, projection)
+        self._share_counts(stacks)
+
     def _refresh(self, matrix: Matrix, group: Group, projection: Projection, *, scheduled: bool) -> None:
         """Chooses J, if not in every step: then it is chosen where R is computed, from the same coefficients."""
         assert isinstance(projection, FixedDictionary)
+        tasks = self._begun(matrix, group, projection, scheduled)
+        for task in tasks if group["update_proj_gap"] > 1 else ():
+            new, _, usable = projection.fit_down(
+                self._corrected(matrix, group, task.j), matrix.member(matrix.state["index"], task.j)
+            )
+            if usable:
+                self._change_(matrix, group, task.j, new)
+                matrix.state["refreshes"].view(-1)[task.place] += 1
+
+    def _begun(self, matrix: Matrix, group: Group, projection: FixedDictionary, scheduled: bool) -> list[Task]:
+        """The choices that are due, of which each finds an index; those of every step are counted."""
         if isinstance(matrix.step, Tensor):
-            projection.prepare(matrix.view.d, compute_dtype(matrix.p.dtype), matrix.p.device)
-        refreshes = matrix.state["refreshes"].view(-1)
-        for j, count in enumerate(refreshes.tolist()):
-            index = matrix.member(matrix.state["index"], j)
-            if not count:
+            projection.prepare(matrix.whole.d, compute_dtype(matrix.p.dtype), matrix.p.device)
+        always = group["update_proj_gap"] == 1
+        tasks = tasks_of(matrix, scheduled or always)
+        for task in tasks:
+            index = matrix.member(matrix.state["index"], task.j)
+            if not task.count:
                 torch.arange(len(index), dtype=index.dtype, out=index)
-            if group["update_proj_gap"] == 1:
-                refreshes[j] += 1
-            elif scheduled or not count:
-                new, _, usable = projection.fit_down(self._corrected(matrix, group, j), index)
-                if usable:
-                    self._change_(matrix, group, j, new)
-                    refreshes[j] += 1
+        if always:
+            matrix.state["refreshes"] += 1
+        return tasks
+
+    def _choose_together(self, tasks: list[Task], group: Group, projection: FixedDictionary) -> None:
+        """Chooses J of matrices whose scores are sums over processes, with two messages for all of them: the largest
+        magnitudes, and the scores. Where the compressed axis is divided, rows of A become columns for that."""
+        parts = [(task, part) for task in tasks if (part := task.matrix.part) is not None]
+        of = [part.groups("dk") for _, part in parts]
+        sizes = [self._corrected(task.matrix, group, task.j).largest for task, _ in parts]
+        total_(zip(sizes, of, strict=True), largest=True)
+        scores = []
+        for (task, part), size in zip(parts, sizes, strict=True):
+            a = self._corrected(task.matrix, group, task.j)
+            if part.divides("d"):
+                a = Columns(part.along_k(a.m if a.added is None else a.read(slice(None))))
+            scores.append(projection.scores(a, size))
+        total_(zip(scores, of, strict=True))
+        for (task, _), score in zip(parts, scores, strict=True):
+            matrix, j = task.matrix, task.j
+            index = matrix.member(matrix.state["index"], j)
+            new, usable = projection.choose(score, len(index), index)
+            self._change_(matrix, group, j, new)
+            if group["update_proj_gap"] > 1:
+                matrix.state["refreshes"].view(-1)[task.place] += int(usable)
+
+    def _divided(self, matrix: Matrix, group: Group, projection: Projection) -> tuple[list[Matrix], Projection] | None:
+        if 0 in matrix.view.lead:
+            return None
+        # Who has no column of G counts the ages of Q's all the same.
+        return super()._divided(matrix, group, projection) or ([matrix], projection)
+
+    def _on_rows(self, matrix: Matrix, projection: Projection) -> tuple[Matrix, Projection]:
+        assert matrix.part is not None
+        assert isinstance(projection, FixedDictionary)
+        return matrix, SomeRows(whole=projection, d=matrix.whole.d, held=matrix.part.held["d"])
 
     def _change_(self, matrix: Matrix, group: Group, j: int, new: Tensor) -> None:
         """Gives matrix j of the stack its new J, and carries the moments over."""
@@ -214,26 +285,28 @@ class DCTAdamW(ProjectedOptimizer):
         index.copy_(new)
 
     def _reduce(self, matrix: Matrix, group: Group, projection: Projection) -> tuple[Tensor, ...]:
-        """R (r x k), or a stack of them, after the choice of J if that is made in every step; keeps the error."""
+        """R (r x k), or a stack of them, after the choice of J if that is made in every step."""
         assert isinstance(projection, FixedDictionary)
         rs = []
-        for j in range(matrix.state["refreshes"].numel()):
+        for j in range(math.prod(matrix.view.lead)):
             a, index = self._corrected(matrix, group, j), matrix.member(matrix.state["index"], j)
-            if group["update_proj_gap"] == 1:
+            if group["update_proj_gap"] == 1 and not _is_divided(matrix):
                 new, r, _ = projection.fit_down(a, index)
                 self._change_(matrix, group, j, new)
             else:
                 r = projection.coefficients(a, index)
-            if group["error_feedback"]:
-                self._keep_error_(matrix, group, j, a, projection, r)
             rs.append(r)
         return (torch.stack(rs) if matrix.view.lead else rs[0],)
 
     def _update(
         self, matrices: list[Matrix], reduced: list[tuple[Tensor, ...]], group: Group, projection: Projection
     ) -> None:
+        assert isinstance(projection, FixedDictionary)
         lr = group["lr"]
         for x, (r,) in zip(matrices, reduced, strict=True):
+            if group["error_feedback"] and x.p.numel():
+                for j in range(math.prod(x.view.lead)):
+                    self._keep_error_(x, group, j, projection, x.member(r, j))
             x.state["ages"] += 1
             projection.write_back_(
                 x.p,
@@ -252,14 +325,13 @@ class DCTAdamW(ProjectedOptimizer):
             return Columns(m)
         error = matrix.member(matrix.state["error"], j)
         if kind == "param":
-            return Columns(m, lambda s: error[s].mT, largest_magnitude(error))
+            return Columns(m, lambda s: error[s].mT, lambda: largest_magnitude(error))
         largest = matrix.member(matrix.state["error_scale"], j)
-        return Columns(m, lambda s: decode(error[s], largest[s], len(m), kind).mT, largest.amax())
+        return Columns(m, lambda s: decode(error[s], largest[s], len(m), kind).mT, lambda: largest.amax())
 
-    def _keep_error_(
-        self, matrix: Matrix, group: Group, j: int, a: Columns, projection: FixedDictionary, r: Tensor
-    ) -> None:
+    def _keep_error_(self, matrix: Matrix, group: Group, j: int, projection: FixedDictionary, r: Tensor) -> None:
         """E <- A - Q_J R, but in columns that are not finite, or not in the parameter's dtype."""
+        a = self._corrected(matrix, group, j)
         error, index = matrix.member(matrix.state["error"], j), matrix.member(matrix.state["index"], j)
         key, d = matrix.key(ERROR), matrix.view.d
         for s in a.blocks():
@@ -274,6 +346,11 @@ class DCTAdamW(ProjectedOptimizer):
             codes, scale = encode(e, group["error_feedback"], key, offset)
             error[s] = torch.where(finite[:, None], codes, error[s])
             largest.copy_(torch.where(finite, scale, largest))
+
+
+def _is_divided(matrix: Matrix) -> bool:
+    """Whether the scores of its columns are sums over processes."""
+    return matrix.part is not None and matrix.part.divides("dk")
 
 
 def carry_(moments: list[Tensor], ages: Tensor, old: Tensor, new: Tensor) -> None:

@@ -25,6 +25,7 @@ from ._base import Entry, Group, Spec, State, refuse
 from ._loading import misfit
 from ._projected import Matrix, ProjectedOptimizer
 from ._rules import RULES, directions, rule_spec, whole_step_
+from ._sharding import Part
 
 __all__ = ["FRUGAL"]
 
@@ -60,6 +61,10 @@ class FRUGAL(ProjectedOptimizer):
     2 max(m,n) r + min(m,n) r; blocks 2 m n for selected tensors, which are
     :math:`\max(1, \lfloor \rho N \rfloor)` of N. Lion and SGD keep one moment instead of two. Density 1 is the inner
     rule on the whole matrix, exactly and with no refresh; density 0 is the outer rule alone, without state.
+
+    Of parameters that are divided over processes, a step sends nothing, but R of a dense basis whose compressed side is
+    divided, in one message for all matrices. Columns are selected where rows are divided (FSDP2's default) and rows
+    where columns are, entries where neither is.
 
     Which matrices are split: those of two or more dimensions in groups with a `density` or a `rank`. If any group given
     here sets one, groups without are state-full; if none does, the default applies to every matrix, embeddings too.
@@ -106,7 +111,8 @@ class FRUGAL(ProjectedOptimizer):
 
     Raises:
         ValueError: for a value out of range, `density` beside `rank`, an option that its projection does not have, an
-            unknown group key, a torch keyword that is not supported, or a density where nothing can be split.
+            unknown group key, a torch keyword that is not supported, a density where nothing can be split, or a
+            selection along an axis that processes divide.
 
     Example:
         >>> import torch
@@ -127,6 +133,7 @@ class FRUGAL(ProjectedOptimizer):
         "blocks": Coordinates(axis="rows"),  # of the list of tensors
     }
     transports: ClassVar[tuple[str, ...]] = ("reset",)
+    axes: ClassVar[dict[str, str]] = ProjectedOptimizer.axes | {"momentum_buffer": "rk"}
     shares: ClassVar[tuple[str, ...]] = ("density", "rank")
 
     def __init__(
@@ -264,6 +271,23 @@ class FRUGAL(ProjectedOptimizer):
         if group["density"] == 0:
             return f"no state, {group['outer']}"
         return super()._how(p, group) if self._is_projected(p, group) else f"{group['inner']}, all selected"
+
+    def _part(self, p: Tensor, group: Group) -> Part | None:
+        part = super()._part(p, group)
+        if part is None or not self._is_projected(p, group):
+            return part
+        projection = self._projection(group)
+        if not isinstance(projection, Coordinates) or not part.divides("mn" if projection.axis == "entries" else "d"):
+            return part
+        if part.divides("m") and part.divides("n"):
+            advice = "projection='svd', 'power' or 'random'"
+        else:
+            advice = "projection='columns'" if part.divides("m") else "projection='rows'"
+        raise ValueError(
+            f"projection={projection.axis!r} selects along what processes divide of a parameter of shape "
+            f"{tuple(p.shape)}, {', '.join(map(str, part.placements))}: use {advice}, or shard another dimension of it "
+            "(shard_placement_fn of fully_shard)"
+        )
 
     # State.
 

@@ -1,6 +1,7 @@
 """GradNormLoRP. Huang et al., 2024. https://arxiv.org/abs/2412.19616"""
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,14 +12,16 @@ from slimstate.projections._blocks import blocks
 from slimstate.projections._rounding import Rounding, widen
 
 from ._adam import adam_directions, rounding
-from ._base import Group, Spec
-from ._projected import Matrix
+from ._base import Entry, Group, Spec
+from ._projected import Arranged, Matrix
+from ._sharding import total_
 from .galore import GaLoreAdamW
 
 __all__ = ["GradNormLoRP"]
 
 SHORTEST = 1e-12  # the norm of a row; below it, it has no direction
 LENGTH_MOMENTS = ("lengths_avg", "lengths_avg_sq")
+NORMS, PRODUCTS = "norms", "products"  # |W_i| and <G_i, W_i> in this step, where they are sums over processes
 
 
 class GradNormLoRP(GaLoreAdamW):
@@ -51,6 +54,11 @@ class GradNormLoRP(GaLoreAdamW):
     The weight is the truth: a row's length is its norm, with the sign that the state keeps; of a bfloat16 or float16
     weight it is the state's float32 length, as long as rounding explains the difference. So weights can be loaded,
     merged or clipped between steps.
+
+    Of parameters that are divided over processes, a step sends nothing where rows are divided and columns compressed;
+    where the compressed axis is divided, R, in one message. Where columns are divided, rows are summed in two messages
+    for all matrices of a group: 2 m numbers each before the step, and their m new norms, for which Q U is computed
+    twice.
 
     Where this differs from the published code, which leaves out the projection onto the tangent, forgets the lengths at
     every step and keeps a copy of the weight, is on this optimizer's page.
@@ -103,6 +111,8 @@ class GradNormLoRP(GaLoreAdamW):
         True
     """
 
+    axes: ClassVar[dict[str, str]] = GaLoreAdamW.axes | dict.fromkeys(("lengths", *LENGTH_MOMENTS), "m")
+
     def _spec(self, p: Tensor, group: Group) -> Spec:
         spec = super()._spec(p, group)
         if self._is_projected(p, group):
@@ -110,6 +120,28 @@ class GradNormLoRP(GaLoreAdamW):
             for key in ("lengths", *LENGTH_MOMENTS):
                 spec[key] = ((*view.lead, view.rows), compute_dtype(p.dtype))
         return spec
+
+    def _refresh_all(self, matrices: list[tuple[Matrix, bool]], group: Group, projection: Projection) -> None:
+        """As ProjectedOptimizer's, after what processes with other columns of a row know of it."""
+        split = [x for x, _ in matrices if _is_split(x)]
+        sums = [_over_columns(x) for x in split]
+        _total_(split, sums)
+        for x, of in zip(split, sums, strict=True):
+            x.state[NORMS], x.state[PRODUCTS] = of[0].sqrt(), of[1]  # in this step's dict alone
+        super()._refresh_all(matrices, group, projection)
+
+    def _arranged(self, group: Group, entries: list[Entry]) -> Arranged:
+        """As ProjectedOptimizer's, but rows whose norms are sums over processes are updated together."""
+        dense, lists = super()._arranged(group, entries)
+        split = [x for some, _ in lists for x in some if _is_split(x)]
+        if split:
+            lists = [pair for pair in lists if not _is_split(pair[0][0])] + [(split, self._projection(group))]
+        return Arranged(dense, lists)
+
+    def _divided(self, matrix: Matrix, group: Group, projection: Projection) -> tuple[list[Matrix], Projection] | None:
+        divided = super()._divided(matrix, group, projection)
+        # Who has no column of a row keeps its length all the same.
+        return ([matrix], projection) if divided is None and _is_split(matrix) else divided
 
     def _fitted_to(self, matrix: Matrix, group: Group, j: int) -> Tensor:
         """The gradient of the directions of matrix j: the only time that one is held whole."""
@@ -140,11 +172,12 @@ class GradNormLoRP(GaLoreAdamW):
         rs, dgs = map(list, zip(*reduced, strict=True))
         us = adam_directions(matrices, rs, group, [x.age for x in matrices])
         dus = adam_directions(matrices, dgs, group, [x.step for x in matrices], LENGTH_MOMENTS)
-        for x, u, du in zip(matrices, us, dus, strict=True):
+        norms = _norms_after(matrices, [u.mul_(lr * group["scale"]) for u in us])
+        for x, u, du, norm in zip(matrices, us, dus, norms, strict=True):
             radius = _radii(x)
             old = _lengths(x, radius)
             new = (old * (1 - lr * group["weight_decay"])).add_(du.mul_(lr)).masked_fill_(radius == 0, 0)
-            _write_back_(x, u.mul_(lr * group["scale"]), radius, old, new, rounding(x, group))
+            _write_back_(x, u, radius, old, new, norm, rounding(x, group))
             x.state["lengths"].copy_(new)
 
 
@@ -157,20 +190,20 @@ def _weights(matrix: Matrix, j: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """
     view, dtype, low = matrix.view, compute_dtype(matrix.p.dtype), matrix.state.get("compensation")
     weight, rest = view.members(matrix.p)[j], None if low is None else view.members(low)[j]
-    lengths = matrix.member(matrix.state["lengths"], j)
+    lengths, norms = matrix.member(matrix.state["lengths"], j), matrix.state.get(NORMS)
     for s in blocks(weight, 0, dtype.itemsize):
-        w = widen(weight[s], None if rest is None else rest[s], dtype, copy=False).reshape(-1, view.columns)
-        norm = torch.linalg.vector_norm(w, dim=1)
+        w = widen(weight[s], None if rest is None else rest[s], dtype, copy=False).flatten(1)
+        norm = torch.linalg.vector_norm(w, dim=1) if norms is None else matrix.member(norms, j)[s]
         yield s, w, norm.copysign(lengths[s]).masked_fill_(norm < SHORTEST, 0)
 
 
 def _reparametrized(matrix: Matrix, j: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Matrix j of the stack in blocks of rows: which, the gradient of their directions, and that of their lengths."""
-    gradient = matrix.view.members(matrix.grad)[j]
+    gradient, products = matrix.view.members(matrix.grad)[j], matrix.state.get(PRODUCTS)
     for s, w, radius in _weights(matrix, j):
         dw = gradient[s].to(w.dtype).reshape(w.shape)
         divisor = _or_one(radius)
-        dg = (w * dw).sum(1).div_(divisor)
+        dg = ((w * dw).sum(1) if products is None else matrix.member(products, j)[s]) / divisor
         dv = (dw * divisor[:, None]).sub_(w * dg[:, None])  # g (G - <G, v> v), as W = g v
         yield s, dv, dg
 
@@ -182,6 +215,54 @@ def _radii(matrix: Matrix) -> Tensor:
         for s, _, norms in _weights(matrix, j):
             matrix.member(radius, j)[s] = norms
     return radius
+
+
+def _is_split(x: Entry) -> bool:
+    """Whether processes hold other columns of the same rows."""
+    return x.part is not None and x.part.divides("n")
+
+
+def _over_columns(matrix: Matrix) -> Tensor:
+    """|W_i|^2 and <G_i, W_i> over the columns that are here (2 x rows), or (2 x b x rows)."""
+    sums = torch.stack([torch.zeros_like(matrix.state["lengths"])] * 2)
+    for j, gradient in enumerate(matrix.view.members(matrix.grad)):
+        squares, products = (matrix.member(x, j) for x in sums)
+        for s, w, _ in _weights(matrix, j):
+            squares[s] = w.square().sum(1)
+            products[s] = (w * gradient[s].to(w.dtype).reshape(w.shape)).sum(1)
+    return sums
+
+
+@torch.compiler.disable
+def _total_(split: list[Matrix], sums: list[Tensor]) -> None:
+    """Sums over processes what is a sum over columns."""
+    total_([(x, matrix.part.groups("n")) for x, matrix in zip(sums, split, strict=True) if matrix.part])
+
+
+def _norms_after(matrices: list[Matrix], steps: list[Tensor]) -> list[Tensor | None]:
+    """|W_i| |v_i + (Q S)_i| of all rows whose norms are sums over processes; None where `_write_back_` takes them."""
+    split = [x for x in matrices if _is_split(x)]
+    if not split:
+        return [None] * len(matrices)
+    norms = [_squares_after(x, step) if _is_split(x) else None for x, step in zip(matrices, steps, strict=True)]
+    _total_(split, [x for x in norms if x is not None])
+    return [None if x is None else x.sqrt_() for x in norms]
+
+
+def _squares_after(matrix: Matrix, step: Tensor) -> Tensor:
+    """The squares of what `_norms_after` returns over the columns that are here, from a product that is not kept."""
+    squares = torch.zeros_like(matrix.state["lengths"])
+    for j in range(len(squares) if matrix.view.lead else 1):
+        a, b = _as_stored(matrix, step, j)
+        for s, w, radius in _weights(matrix, j):
+            matrix.member(squares, j)[s] = torch.addmm(w, a[s] * _or_one(radius)[:, None], b).square().sum(1)
+    return squares
+
+
+def _as_stored(matrix: Matrix, step: Tensor, j: int) -> tuple[Tensor, Tensor]:
+    """The factors (rows, r) and (r, columns) of Q S, of matrix j as it is stored."""
+    q, u = matrix.member(matrix.state["basis"], j), matrix.member(step, j)
+    return (u.mT, q.mT) if matrix.view.transposed else (q, u)
 
 
 def _or_one(radius: Tensor) -> Tensor:
@@ -198,7 +279,15 @@ def _lengths(matrix: Matrix, radius: Tensor) -> Tensor:
     return torch.where((radius - kept).abs() <= torch.finfo(dtype).eps * radius.abs(), kept, radius)
 
 
-def _write_back_(matrix: Matrix, step: Tensor, radius: Tensor, old: Tensor, new: Tensor, rounding: Rounding) -> None:
+def _write_back_(
+    matrix: Matrix,
+    step: Tensor,
+    radius: Tensor,
+    old: Tensor,
+    new: Tensor,
+    norms: Tensor | None,
+    rounding: Rounding,
+) -> None:
     """W_i <- g_i (v_i + (Q S)_i) / |v_i + (Q S)_i| in place, and W_i <- W_i + (Q S)_i where W_i has no direction.
 
     Args:
@@ -207,18 +296,21 @@ def _write_back_(matrix: Matrix, step: Tensor, radius: Tensor, old: Tensor, new:
         radius: the norms of W's rows with the signs of v, 0 where there is no direction.
         old: the lengths before the step.
         new: the lengths g after it.
+        norms: see `_norms_after`.
         rounding: how a low-precision weight is read and rounded.
     """
-    view, basis = matrix.view, matrix.state["basis"]
     stretch, gain = _or_one(radius), radius.sign() * new
-    moved = (new != old) | (step.flatten(-2).any(-1, keepdim=True) & (radius != 0))  # what did not keeps its bits
+    turned = step.flatten(-2).any(-1, keepdim=True) if norms is None else norms != radius.abs()
+    moved = (new != old) | (turned & (radius != 0))  # what did not keeps its bits
 
     def edit(w: Tensor, j: int, s: slice) -> None:
-        q, u, *rows = (matrix.member(x, j) for x in (basis, step, stretch, gain, moved))
-        stretched, gained, changed = (x[s, None] for x in rows)
-        a, b = (u.mT, q.mT) if view.transposed else (q, u)  # (rows, r) and (r, columns) of W as it is stored
+        a, b = _as_stored(matrix, step, j)
+        stretched, gained, changed = (matrix.member(x, j)[s, None] for x in (stretch, gain, moved))
         w.addmm_(a[s] * stretched, b)
-        norm = torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp_(min=SHORTEST)
-        w.mul_(torch.where(changed, gained / norm, 1))
+        if norms is None:
+            norm = torch.linalg.vector_norm(w, dim=1, keepdim=True)
+        else:
+            norm = matrix.member(norms, j)[s, None]
+        w.mul_(torch.where(changed, gained / norm.clamp(min=SHORTEST), 1))
 
-    rewrite_(matrix.p, view, edit, basis.dtype, rounding)
+    rewrite_(matrix.p, matrix.view, edit, matrix.state["basis"].dtype, rounding)

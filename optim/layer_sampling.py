@@ -19,6 +19,7 @@ from slimstate.projections._blocks import blocks
 from ._adam import is_number
 from ._base import Optimizer
 from ._loading import unwrapped
+from ._sharding import local, part_of, total_
 from .groups import vocabulary_parameters
 
 __all__ = ["LISA", "LayerSampler", "OwLore", "outlier_scores"]
@@ -285,8 +286,9 @@ class LISA(LayerSampler):
       wake, and a layer without any other is left out of the draw.
     - Parameters shared by several layers are awake while any of these is.
     - DistributedDataParallel needs `find_unused_parameters=True`. Reentrant gradient checkpointing of a frozen first
-      layer needs inputs with gradients (transformers: `model.enable_input_require_grads()`). Fully sharded models,
-      which hold flat states, are not supported yet.
+      layer needs inputs with gradients (transformers: `model.enable_input_require_grads()`).
+    - Under fully_shard each process holds its part of an awake layer's gradients and state, and all agree on the draw;
+      FullyShardedDataParallel (FSDP1) holds flat states of all layers, and cannot be sampled.
     - Checkpoints: build model, optimizer and sampler; load the model, the sampler, the optimizer; `attach` last.
 
     Where this differs from LMFlow: state is dropped, as in the paper's runs (each interval a run of its own), not kept
@@ -311,7 +313,6 @@ class LISA(LayerSampler):
     Raises:
         ValueError: for a value out of range, layers that are not found, repeated or nested, more `active` layers than
             can train, or an optimizer that lacks a layer's parameters; before anything is changed.
-        NotImplementedError: for sharded parameters (DTensor).
 
     Example:
         >>> model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)), nn.Linear(8, 2))
@@ -490,6 +491,10 @@ def outlier_scores(
     Neither the scale of X nor that of W matters. The model runs in evaluation mode and without gradients, and is left
     as it was. Weights are those of `nn.Linear` and of transformers' `Conv1D`; with `batches`, of those that are called.
 
+    Of weights that are divided over processes (fully_shard, tensor parallel) each counts its part; all call it together,
+    with the same batches or each with its own, and get the same scores, those of the whole. With plain weights on
+    several processes give all the same batches, or broadcast the scores.
+
     Args:
         model: any module.
         layers: as in `LISA`.
@@ -516,6 +521,7 @@ def outlier_scores(
         raise ValueError(f"tau must be a finite number > 0, got {tau!r}")
     found = find_layers(model, layers)
     linear = {name: [m for m in layer.modules() if _is_linear(m)] for name, layer in found.items()}
+    _reshard(model)
     norms = None
     if batches is not None:
         norms = _input_norms(model, {m for modules in linear.values() for m in modules}, batches)
@@ -530,6 +536,13 @@ def outlier_scores(
             if module not in scores:
                 scores[module] = _outlier_share(module, norms[module] if norms else None, float(tau), names[module])
     return [math.fsum(scores[m] for m in modules) / len(modules) for modules in linear.values()]
+
+
+def _reshard(model: nn.Module) -> None:
+    """Undoes what fully_shard leaves after a forward pass: the root's weights, gathered."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -551,17 +564,28 @@ def _outlier_share(module: nn.Module, norm: Tensor | None, tau: float, name: str
     if not weight.numel():
         return 0.0
 
+    here, part = local(weight), part_of(weight, None)
+    groups = () if part is None else part.groups("01")
+    if part is not None and norm is not None:
+        norm = part.cut(norm, "1")
+
     def magnitudes(s: slice) -> Tensor:
-        a = weight[s].float().abs()
+        a = here[s].float().abs()
         return a if norm is None else a.mul_(norm)
 
-    parts = list(blocks(weight, 0))
-    total = sum(magnitudes(s).sum(dtype=torch.float64) for s in parts)
-    assert isinstance(total, Tensor)
+    parts = list(blocks(here, 0)) if here.numel() else []
+    total = torch.zeros((), dtype=torch.float64, device=here.device)
+    for s in parts:
+        total += magnitudes(s).sum(dtype=torch.float64)
+    total_([(total, groups)])
     if not total.isfinite():
         raise ValueError(f"the weight of {name} times its inputs is not finite")
     bound = tau * (total / weight.numel()).float()
-    return int(sum((magnitudes(s) > bound).sum() for s in parts)) / weight.numel()
+    count = torch.zeros((), dtype=torch.int64, device=here.device)
+    for s in parts:
+        count += (magnitudes(s) > bound).sum()
+    total_([(count, groups)])
+    return int(count) / weight.numel()
 
 
 @torch.no_grad()
@@ -571,9 +595,14 @@ def _input_norms(model: nn.Module, modules: set[nn.Module], batches: Iterable[An
 
     def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0]
-        norm = torch.linalg.vector_norm(x.reshape(-1, x.shape[-1]), dim=0, dtype=torch.float32)
+        x = x.full_tensor() if hasattr(x, "full_tensor") else x
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x.reshape(-1, x.shape[-1]), dim=0, dtype=dtype).float()
         norms[module] = torch.hypot(norms[module], norm) if module in norms else norm
 
+    weights = {m: w for m in model.modules() if m in modules and (w := _by_rows(m)) is not None}
+    # Whose inputs the processes see parts of, in an order that they agree on.
+    meshes = {m: w.device_mesh for m, w in weights.items() if hasattr(w, "placements")}
     training = {module: module.training for module in model.modules()}
     handles = [module.register_forward_pre_hook(add) for module in modules]
     count = 0
@@ -587,8 +616,17 @@ def _input_norms(model: nn.Module, modules: set[nn.Module], batches: Iterable[An
             handle.remove()
         for module, mode in training.items():
             module.training = mode
+    _reshard(model)
     if not count:
         raise ValueError("batches is empty: pass calibration data, or None to score the weights alone")
+    for module, mesh in meshes.items():
+        columns = weights[module].shape[1]
+        seen = torch.zeros(columns + 1, dtype=torch.float64, device=local(weights[module]).device)
+        if module in norms:
+            seen[:-1], seen[-1] = norms[module].double().square(), 1
+        total_([(seen, tuple(mesh.get_all_groups()))])
+        if seen[-1]:
+            norms[module] = seen[:-1].sqrt().float()
     for name, module in model.named_modules():
         if module in norms and not norms[module].isfinite().all():
             raise ValueError(f"the calibration data makes the inputs of {name} not finite (NaN or infinite)")

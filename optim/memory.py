@@ -5,13 +5,16 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ._sharding import local
+
 __all__ = ["state_bytes"]
 
 
 def state_bytes(optimizer: torch.optim.Optimizer, params: Iterable[Tensor] | None = None) -> int:
     """The bytes that an optimizer's state holds alive: whole storages, each counted once.
 
-    A slice of a large tensor therefore counts as the large tensor.
+    A slice of a large tensor therefore counts as the large tensor. Of a tensor that is divided over processes (DTensor)
+    the part counts that this one holds.
 
     Args:
         optimizer: any torch optimizer.
@@ -22,10 +25,11 @@ def state_bytes(optimizer: torch.optim.Optimizer, params: Iterable[Tensor] | Non
     """
     chosen = optimizer.state.values() if params is None else [optimizer.state.get(p, {}) for p in params]
     storages = {
-        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+        storage.data_ptr(): storage.nbytes()
         for state in chosen
         if isinstance(state, dict)
         for value in state.values()
         if isinstance(value, Tensor)
+        for storage in [local(value).untyped_storage()]
     }
     return sum(storages.values())

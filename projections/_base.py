@@ -284,6 +284,8 @@ def rewrite_(
         rounding: how a low-precision weight is read and rounded.
         whole: give all rows at once where W's own memory can be given.
     """
+    if not p.numel():  # what a process may hold of W
+        return
     in_place = matrix_in_place(p, view) if p.dtype == dtype else None
     if in_place is not None:
         for j, w in enumerate(in_place if view.lead else [in_place]):

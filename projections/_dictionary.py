@@ -14,7 +14,7 @@ from ._matrix import MatrixView
 from ._numbers import Number
 from ._rounding import NEAREST, Rounding
 
-__all__ = ["Columns", "FixedDictionary"]
+__all__ = ["Columns", "FixedDictionary", "SomeRows"]
 
 
 class Columns:
@@ -23,11 +23,14 @@ class Columns:
     Args:
         m: M, of any floating dtype.
         added: gives E[:, s] for a slice s, in the dtype of arithmetic; None where there is no E.
-        largest_added: max|E|, 0-d.
+        largest_added: gives max|E|, 0-d.
     """
 
     def __init__(
-        self, m: Tensor, added: Callable[[slice], Tensor] | None = None, largest_added: Tensor | None = None
+        self,
+        m: Tensor,
+        added: Callable[[slice], Tensor] | None = None,
+        largest_added: Callable[[], Tensor] | None = None,
     ) -> None:
         self.m = m
         self.added = added
@@ -45,8 +48,11 @@ class Columns:
     @property
     def largest(self) -> Tensor:
         """max|A| or more, 0-d; NaN if any entry of M is."""
-        largest = largest_magnitude(self.m).to(compute_dtype(self.m.dtype))
-        return largest if self.largest_added is None else largest + self.largest_added
+        dtype = compute_dtype(self.m.dtype)
+        if not self.m.numel():  # what a process may hold of A
+            return self.m.new_zeros((), dtype=dtype)
+        largest = largest_magnitude(self.m).to(dtype)
+        return largest if self.largest_added is None else largest + self.largest_added()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,12 +142,24 @@ class FixedDictionary(IndexProjection):
             return index, self.coefficients(a, index), usable
         scale = _scale(a.largest)
         scores, only = self._scores(a, scale)
-        total = scores.sum()
-        usable, index = (total > 0) & total.isfinite(), _leading(scores, rank)
-        if old is not None:
-            index = torch.where(usable, index, old)
+        index, usable = self.choose(scores, rank, old)
         r = self.coefficients(a, index) if only is None else only.index_select(0, index).div_(scale)
         return index, r, usable
+
+    def scores(self, a: Columns, largest: Tensor) -> Tensor:
+        """What some columns A of a matrix, maybe none, add to its scores (d,).
+
+        Args:
+            a: the columns.
+            largest: max|A| of the whole matrix, or more, 0-d.
+        """
+        return self._scores(a, _scale(largest))[0]
+
+    def choose(self, scores: Tensor, rank: int, old: Tensor | None) -> tuple[Tensor, Tensor]:
+        """J (r,) from all scores (d,), and whether they could be used, as in `fit_down`."""
+        total = scores.sum()
+        usable, index = (total > 0) & total.isfinite(), _leading(scores, rank)
+        return index if old is None else torch.where(usable, index, old), usable
 
     def _scores(self, a: Columns, scale: Tensor) -> tuple[Tensor, Tensor | None]:
         """The norms (d,) of the rows of scale S, squared for l2; and scale S itself where it is one block."""
@@ -226,6 +244,36 @@ class FixedDictionary(IndexProjection):
 
         each = [lambda pair=pair: factors(*pair) for pair in pairs]
         add_products_(p, view, each, u.dtype, alpha=alpha, beta=beta, rounding=rounding)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SomeRows(FixedDictionary):
+    """The rows of another Q that belong to some rows of M: Q_J^T M is then what these add to R. There is no choosing by
+    it, for which all rows are needed.
+
+    Args:
+        whole: the other.
+        d: the size of its Q.
+        held: which rows.
+    """
+
+    whole: FixedDictionary
+    d: int
+    held: slice | Tensor
+
+    def _transform(self, x: Tensor) -> Tensor:
+        raise NotImplementedError("a transform needs all rows")
+
+    _inverse = _transform
+
+    def _by_transform(self, rank: int, d: int) -> bool:
+        return False
+
+    def _rows(self, index: Tensor, d: int, dtype: torch.dtype) -> Tensor:
+        return self.whole._rows(index, self.d, dtype)[:, self.held]
+
+    def _pieces(self, basis: Tensor, d: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        return super()._pieces(basis, self.d, dtype)  # within `BLOCK_BYTES` while all of a row is there
 
 
 def _columns(m: Tensor, dtype: torch.dtype) -> Iterator[slice]:

@@ -39,7 +39,10 @@ class World:
             pipe.send((function, args))
         answers = []
         for rank, pipe in enumerate(self.pipes):
-            answer = pipe.recv() if pipe.poll(TIMEOUT) else (False, f"no answer within {TIMEOUT} seconds")
+            try:
+                answer = pipe.recv() if pipe.poll(TIMEOUT) else (False, f"no answer within {TIMEOUT} seconds")
+            except EOFError:
+                answer = False, "it has died"
             answers.append((rank, *answer))
         for rank, fine, what in answers:
             if not fine:

@@ -242,6 +242,7 @@ def test_folder_of_texts(pretrain: Pretrain, tmp_path: Path, text: Path) -> None
         (("--optimizer", "adamw", "--rank", "4"), "--rank means nothing to adamw"),
         (("--steps", "0"), "must be at least 1"),
         (("--lr", "-1"), "must be above 0"),
+        (("--fsdp",), "start them by torchrun"),
     ],
 )
 def test_what_cannot_be_done_is_said(
@@ -256,11 +257,65 @@ def test_what_cannot_be_done_is_said(
     assert "Traceback" not in said
 
 
+def test_what_cannot_be_divided_is_said(
+    pretrain: Pretrain, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    code, said = pretrain(tmp_path, *MICRO, "--data", text, "--compare", "adamw", "galore-torch", "--fsdp")
+    assert code == 2 and "galore-torch cannot step on a part of a matrix" in said
+
+
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+@pytest.mark.slow
+def test_a_model_in_two_parts_trains_as_one_and_goes_on_as_one(pretrain: Pretrain, tmp_path: Path, text: Path) -> None:
+    # The 32 tokens of a step span no more than 32 directions, of which the last are rounding.
+    options = [*MICRO, "--data", str(text), "--steps", "40", "--optimizer", "galore", "--update-proj-gap", "7"]
+    options += ["--rank", "4", "--eval-every", "40"]
+    process = start(tmp_path, *options, "--fsdp", "--out", "broken", "--save-every", "5", launcher=TWO)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "broken" / "galore" / "checkpoint.pt").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert "each with a part of the model" in said and "goes on from there" in said
+    half = torch.load(tmp_path / "broken" / "galore" / "checkpoint.pt", weights_only=True)
+    assert 5 <= half["progress"]["step"] < 40
+
+    for out in ("broken", "whole"):
+        code, said = pretrain(tmp_path, *options, "--out", out)
+        assert code == 0, said
+    losses = [
+        json.loads((tmp_path / out / "galore" / "run.json").read_text())["progress"]["losses"]
+        for out in ("broken", "whole")
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_every_optimizer_trains_a_model_in_two_parts(pretrain: Pretrain, tmp_path: Path, text: Path) -> None:
+    recipes = importlib.import_module("optimizers").RECIPES
+    names = [name for name, recipe in recipes.items() if recipe.sharded]
+    # No factor is below the rounding of 32 tokens' gradients at this rank.
+    options = [*MICRO, "--data", text, "--steps", "4", "--rank", "4", "--compare", *names]
+    code, said = pretrain(tmp_path, *options, "--out", "one")
+    assert code == 0, said
+    process = start(tmp_path, *options, "--fsdp", "--out", "two", launcher=TWO)
+    _, said = process.communicate(timeout=600)
+    assert process.returncode == 0, said
+    for name in names:
+        one, two = (json.loads((tmp_path / out / name / "run.json").read_text())["progress"] for out in ("one", "two"))
+        assert two["losses"] == pytest.approx(one["losses"], abs=1e-3), name
+        assert two["evaluations"][-1]["loss"] == pytest.approx(one["evaluations"][-1]["loss"], abs=1e-3), name
+        assert name == "signsgd" or two["state_bytes"] < 0.8 * one["state_bytes"], name
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one(finished: Path, text: Path) -> None:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     options = (*MICRO, "--data", text, "--compare", "adamw", "galore", "--out", "two")
-    process = start(finished, *options, launcher=launcher)
+    process = start(finished, *options, launcher=TWO)
     _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
     # 32 tokens span no more than 32 directions, so that the last of GaLore's 32 are rounding.

@@ -861,19 +861,6 @@ def test_an_optimizer_that_lacks_a_layer_is_refused():
         LISA(model, optimizer)
 
 
-def test_sharded_layers_are_refused():
-    distributed = pytest.importorskip("torch.distributed.tensor")
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        model[1].weight = nn.Parameter(distributed.distribute_tensor(model[1].weight, mesh))
-        with pytest.raises(NotImplementedError, match="LISA does not take sharded parameters"):
-            LISA(model, torch.optim.AdamW(model.parameters()))
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 def test_freezing_embeddings_that_are_not_there_is_refused():
     model = nn.Sequential(Block(), Block())
     with pytest.raises(ValueError, match="the model has no embedding"):
