@@ -79,6 +79,12 @@ class GaLoreAdafactor(ProjectedOptimizer):
     `beta1`; AdamW keeps 2 m n. What is not projected gets the same rule with Q = I, on dim 0 against the rest: m + n
     elements, and m n more with `beta1`. A vector is a matrix of one column, for which a and b are exact: n + 1.
 
+    Where k is divided over processes, b is too, and a is on all of them; a step sums 2 r numbers a matrix: R^2 over
+    columns, plain and as :math:`\|U\|` weights it. Where d is divided, it sums R (r x k). What is not projected has b
+    on all processes where rows are divided, and sums 2 n + 1 numbers (one for mean(a)); where columns are, a and 2 m.
+    `scale_parameter` takes one number more. One message takes this for all matrices; where both sides of one are
+    divided, it is two for a projected one and three for another.
+
     Which parameters are projected is decided as in `GaLoreAdamW`. The first moment averages steps and not gradients, as
     in Adafactor's published code: a change of the learning rate takes about 1 / (1 - beta1) steps to arrive.
 
@@ -233,9 +239,10 @@ class GaLoreAdafactor(ProjectedOptimizer):
 
     def _exchange(self, prepared: list[tuple[Group, Arranged]]) -> None:
         """Sums what R, the statistics, the clipping and the step size need of parameters that are divided."""
-        divided: list[tuple[Any, int, Sums[Factors]]] = []
+        divided: list[tuple[list[Any], int, Sums[Factors]]] = []
         for group, (dense, matrices) in prepared:
-            for some in (dense, *(some for some, _ in matrices)):
+            lists: list[list[Any]] = [dense, *(some for some, _ in matrices)]
+            for some in lists:
                 for i, x in enumerate(some):
                     if x.part is not None and x.part.divides("mn") and x.param.numel():
                         divided.append((some, i, factors(x, group)))
@@ -405,6 +412,7 @@ def factors(x: Entry, group: Group) -> Sums[Factors]:
     for each of its entries, where the length alone would need another one.
     """
     assert x.part is not None
+    assert x.part.view is not None
     view, dtype = x.view if isinstance(x, Matrix) else dense_view(x.p, group), compute_dtype(x.p.dtype)
     row, column = statistics(x, view)
     weights = [weight_lengths(x, view).square_()] if group["scale_parameter"] else []
@@ -413,12 +421,11 @@ def factors(x: Entry, group: Group) -> Sums[Factors]:
         (r,) = x.reduced
         if down := x.part.groups("d"):
             yield [(y, down) for y in (r, *weights)]
-        over, across = (), x.part.groups("k")
-        xs, rows, columns = r.reshape(len(row), *r.shape[-2:]).unbind(), r.shape[-2], x.whole.k
+        over, across = x.part.groups(""), x.part.groups("k")
+        xs, rows, columns = list(r.reshape(len(row), *r.shape[-2:])), r.shape[-2], x.part.view.k
     else:
         over, across = x.part.groups("m"), x.part.groups("n")
-        whole = dense_view(x.param, group)
-        xs, rows, columns = view.members(x.grad.reshape(view.shape)), whole.rows, whole.columns
+        xs, rows, columns = view.members(x.grad.reshape(view.shape)), x.part.view.rows, x.part.view.columns
 
     def sums(dim: int, by: Tensor | None = None) -> list[Tensor]:
         """Of X^2 over a dimension, and of X^2 / by."""
@@ -426,10 +433,10 @@ def factors(x: Entry, group: Group) -> Sums[Factors]:
         for j, y in enumerate(xs):
             for s in blocks(y, 0, dtype.itemsize):
                 squares = y[s].to(dtype).flatten(1).square()
-                for i, into in enumerate(found):
-                    if i == 1:
-                        squares.div_(by[j][s] if dim == 0 else by[j])
+                for into in found:
                     into[j][slice(None) if dim == 0 else s] += squares.sum(dim, keepdim=True)
+                    if by is not None:
+                        squares.div_(by[j][s] if dim == 0 else by[j])
         return found
 
     if across and not over:
@@ -456,9 +463,11 @@ def factors(x: Entry, group: Group) -> Sums[Factors]:
             yield [(square, across)]
     clip = clipping(square.sqrt_(), rows * columns, group)
     lead = view.lead if isinstance(x, Matrix) else (len(row),)
-    shaped = (y.reshape(*lead, *y.shape[1:]) for y in (of_rows / columns, of_columns / rows, mean, clip))
+    row_means, column_means, mean, clip = (
+        y.reshape(*lead, *y.shape[1:]) for y in (of_rows / columns, of_columns / rows, mean, clip)
+    )
     entries = x.part.view.rows * x.part.view.columns
-    return Factors(*shaped, (weights[0] / entries).sqrt_() if weights else None)
+    return Factors(row_means, column_means, mean, clip, (weights[0] / entries).sqrt_() if weights else None)
 
 
 def statistics(x: Entry, view: MatrixView) -> tuple[Tensor, Tensor]:

@@ -247,7 +247,11 @@ class AdamP(TangentOptimizer):
     row: first in the channel view (dim 0 against the rest), and if that does not fire in the layer view (the tensor as
     one row). Vectors and scalars get AdamW, and so does everything with `delta=0`.
 
-    State of an m x n matrix: 2 m n elements in `moment_dtype`, and `step`, as AdamW.
+    State of an m x n matrix: 2 m n elements in `moment_dtype`, and `step`, as AdamW; divided as the parameter is.
+
+    Where rows are divided over processes, a step sums five numbers a matrix, in one message for all of them: the dot
+    products of the layer view, and whether all rows pass in the channel view (`layer_view=False`: this one alone).
+    Where columns are divided, it sums the four dot products of each row; where both are, one after the other.
 
     Where this differs from adamp 0.3: rows no longer than epsilon, of the gradient or the weight, show nothing (there a
     zero gradient or weight counts as orthogonal and cuts the decay); any memory layout works; nothing waits for the
@@ -361,7 +365,8 @@ class SGDP(TangentOptimizer):
     after the test and the projection of `AdamP`. The decay is decoupled, and :math:`1/(1-\mu)` makes it as strong as
     what torch.optim.SGD accumulates in its momentum.
 
-    State of an m x n matrix: m n elements in `moment_dtype`, none at `momentum=0`, and `step`.
+    State of an m x n matrix: m n elements in `moment_dtype`, none at `momentum=0`, and `step`; divided as the parameter
+    is. What a step sums over processes is said in `AdamP`.
 
     Where this differs from adamp 0.3: as `AdamP`, and the momentum is never projected (there it is without nesterov,
     since the step is its memory). Where it differs from torch.optim.SGD: the momentum starts at zero, so that
