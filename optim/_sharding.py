@@ -231,10 +231,8 @@ def _part(
             )
         if inner > 1:
             index = (index[:, None] * inner + torch.arange(inner)).view(-1)
-        where = _together(index)
+        held |= dict.fromkeys(_names(view, dim), _together(index))
         held[str(dim)] = _together(_indices(mesh, placements, dim, size))
-        for letter in _names(view, dim):
-            held[letter] = where
     return Part(mesh, placements, shape, view, held)
 
 
