@@ -557,6 +557,7 @@ class Task:
 
 
 def tasks_of(matrix: Matrix, scheduled: bool) -> list[Task]:
+    """The bases that are due of what is here of a matrix or a stack: all as scheduled, else those not there yet."""
     counts = matrix.state["refreshes"].view(-1).tolist()
     here = list(range(len(counts)))
     if matrix.part is not None and matrix.part.divides("b"):

@@ -221,9 +221,8 @@ class DCTAdamW(ProjectedOptimizer):
         assert isinstance(projection, FixedDictionary)
         tasks = self._begun(matrix, group, projection, scheduled)
         for task in tasks if group["update_proj_gap"] > 1 else ():
-            new, _, usable = projection.fit_down(
-                self._corrected(matrix, group, task.j), matrix.member(matrix.state["index"], task.j)
-            )
+            index = matrix.member(matrix.state["index"], task.j)
+            new, _, usable = projection.fit_down(self._corrected(matrix, group, task.j), index)
             if usable:
                 self._change_(matrix, group, task.j, new)
                 matrix.state["refreshes"].view(-1)[task.place] += 1
