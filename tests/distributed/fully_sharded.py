@@ -273,7 +273,9 @@ def sampled(kind, name, divide, steps=9, **settings):
     start = [p.detach().clone() for p in alone.parameters()]
     rank, size = divide(net)
     optimizers = [build(name, x.named_parameters()) for x in (net, alone)]
-    samplers = [kind(x, o, "layers", active=1, interval=2, **settings) for x, o in zip((net, alone), optimizers, strict=True)]
+    samplers = [
+        kind(x, o, "layers", active=1, interval=2, **settings) for x, o in zip((net, alone), optimizers, strict=True)
+    ]
     seen = []
     for i in range(steps):
         backward(net, i, rank, size)
@@ -310,7 +312,11 @@ def scores(divide, own):
     names = [f"layers.{i}" for i in range(3)]
     return (
         (outlier_scores(net, names), outlier_scores(net, names, mine, tau=5.0), outlier_scores(net, ["head"], mine)),
-        (outlier_scores(alone, names), outlier_scores(alone, names, batches, tau=5.0), outlier_scores(alone, ["head"], batches)),
+        (
+            outlier_scores(alone, names),
+            outlier_scores(alone, names, batches, tau=5.0),
+            outlier_scores(alone, ["head"], batches),
+        ),
     )
 
 

@@ -56,7 +56,10 @@ def refreshes_are_shared(name, steps):
                 optimizer.step()
             count += len(calls)
         counts.append(count)
-    states = [[{k: v for k, v in o.state[p].items() if k in ("basis", "index", "refreshes")} for p in net.parameters()] for o, net in zip(optimizers, nets, strict=True)]
+    states = [
+        [{k: v for k, v in o.state[p].items() if k in ("basis", "index", "refreshes")} for p in net.parameters()]
+        for o, net in zip(optimizers, nets, strict=True)
+    ]
     assert_equal(states[0], states[1])
     assert_equal(*[[p.detach() for p in net.parameters()] for net in nets])
     return agree(nets[0]), counts

@@ -2,10 +2,10 @@
 
 import torch
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+from traffic import Traffic
 
 from cases import build
 from sharded import histories, named, tensors
-from traffic import Traffic
 
 
 def mesh_of(dims):

@@ -1,9 +1,9 @@
 """AdamP, SGDP and GaLoreAdafactor on parameters that are divided: sums over rows and columns of whole matrices."""
 
 import pytest
+import row_sums
 import torch
 
-import row_sums
 import sharded
 from cases import CASES
 from world import world
