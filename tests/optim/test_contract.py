@@ -37,7 +37,7 @@ from cases import (
     weights,
     weights_of,
 )
-from slimstate.optim import SGDP, GaLoreAdafactor, state_bytes
+from slimstate.optim import SGDP, AdamW, GaLoreAdafactor, state_bytes
 from training import gradients, parameter, run
 
 # What gives each matrix of a stack what it would get alone: nothing is drawn for each, or decided for all.
@@ -596,7 +596,7 @@ def test_parameters_that_a_wrapper_flattens_are_refused_before_anything_is_chang
         optimizer.step()
         assert not torch.equal(flat, before)
         return
-    with pytest.raises(RuntimeError, match="have lost their shapes. Use torch.distributed.fsdp.fully_shard"):
+    with pytest.raises(RuntimeError, match=r"have lost their shapes\. Use torch\.distributed\.fsdp\.fully_shard"):
         optimizer.step()
     assert torch.equal(flat, before)
     assert not optimizer.state.get(flat)
@@ -607,7 +607,7 @@ def test_parameters_of_zero_stage_3_are_refused(name):
     net = model()
     for p in net.parameters():
         p.ds_id = 0
-    with pytest.raises(NotImplementedError, match="use torch.distributed.fsdp.fully_shard"):
+    with pytest.raises(NotImplementedError, match=r"use torch\.distributed\.fsdp\.fully_shard"):
         build(name, net.parameters())
 
 
