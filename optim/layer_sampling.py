@@ -491,8 +491,8 @@ def outlier_scores(
     Neither the scale of X nor that of W matters. The model runs in evaluation mode and without gradients, and is left
     as it was. Weights are those of `nn.Linear` and of transformers' `Conv1D`; with `batches`, of those that are called.
 
-    Of weights that are divided over processes (fully_shard, tensor parallel) each counts its part; all call it together,
-    with the same batches or each with its own, and get the same scores, those of the whole. With plain weights on
+    Of weights that are divided over processes (fully_shard, tensor parallel) each counts its part; all call it together
+    with the same batches, or each with its own, and get the same scores, those of the whole. With plain weights on
     several processes give all the same batches, or broadcast the scores.
 
     Args:

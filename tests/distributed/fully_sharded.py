@@ -192,7 +192,7 @@ def groups_of(net):
     named = list(net.named_parameters())
     experts = [pair for pair in named if pair[0].startswith("experts")]
     groups = [{"params": [pair for pair in named if pair not in experts]}]
-    return groups + [{"params": experts, "batch_dims": 1}] if experts else groups
+    return [*groups, {"params": experts, "batch_dims": 1}] if experts else groups
 
 
 def swapped(optimizer, net, old):

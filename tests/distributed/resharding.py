@@ -140,7 +140,8 @@ def held(name):
             assert x.shape == reference.state[q][key].shape, key
             if all(placement.is_replicate() for placement in getattr(x, "placements", ())):
                 shared += x.numel() * x.itemsize
-    up = optimizer.state[net.layers[0].up.weight]["exp_avg"]  # its rows, which are not compressed, are divided
+    state = optimizer.state[net.layers[0].up.weight]
+    up = state["exp_avg" if "exp_avg" in state else "momentum_buffer"]  # its rows, not compressed, are divided
     assert 2 * up.to_local().numel() == up.numel()
     assert_equal(state_bytes(optimizer), state_bytes(optimizer, net.parameters()))
     return state_bytes(optimizer), shared, state_bytes(reference), optimizer.report() if name != "AdamW" else None

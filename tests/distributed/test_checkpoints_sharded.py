@@ -6,14 +6,10 @@ import torch
 import resharding
 from world import world
 
-NAMES = [
-    "AdamW",
-    "GaLoreAdamW, svd, rotate",
-    "GaLoreAdamW, power, keep",
-    "GaLoreAdamW, random, reset",
-    "FRUGAL, columns",
-]
-every = pytest.mark.parametrize("name", NAMES)
+ALWAYS = ["GaLoreAdamW, svd, rotate", "FRUGAL, columns"]
+NAMES = ["AdamW", "AdamP", "SGDP", "GaLoreAdamW, power, keep", "GaLoreAdamW, random, reset", "FRUGAL, svd, sgdm, sgd"]
+NAMES += ["GaLoreAdafactor, beta1", "GradNormLoRP, svd, rotate", "DCTAdamW, every third", "DCTAdamW, 8-bit errors"]
+every = pytest.mark.parametrize("name", [*ALWAYS, *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES)])
 
 
 def assert_equal(ends, others):

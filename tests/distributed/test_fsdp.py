@@ -7,15 +7,13 @@ import fully_sharded
 from slimstate.optim import LISA, OwLore
 from world import world
 
-# What trains on rows of its parameters alone, and what columns are added to.
-ROWS = [
-    "AdamW",
-    "GaLoreAdamW, svd, rotate",
-    "GaLoreAdamW, power, keep",
-    "GaLoreAdamW, random, reset",
-    "FRUGAL, columns",
-]
-ANYHOW = ROWS[:4]
+NAMES = ["AdamW", "AdamP", "SGDP", "GaLoreAdamW, svd, rotate", "GaLoreAdamW, power, keep", "GaLoreAdamW, random, reset"]
+NAMES += ["FRUGAL, columns", "FRUGAL, svd, sgdm, sgd", "GaLoreAdafactor, beta1", "GradNormLoRP, svd, rotate"]
+NAMES += ["DCTAdamW, every third", "DCTAdamW, 8-bit errors"]
+ALWAYS = ("AdamW", "GaLoreAdamW, svd, rotate", "FRUGAL, columns")  # the others in `make test-all`
+ROWS = [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+# What refuses to be divided along its compressed side, and says what to use; see the tests of each.
+ANYHOW = [x for x, name in zip(ROWS, NAMES, strict=True) if name not in ("FRUGAL, columns", "DCTAdamW, 8-bit errors")]
 EXACT = 1e-9  # of the distance moved, in float64
 GALORE = "GaLoreAdamW, svd, rotate"
 
@@ -24,7 +22,7 @@ def trained(n, name, divide, *args):
     return max(world(n).run(fully_sharded.trains_as_one, name, divide, *args))
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_network_of_sharded_blocks_trains_as_a_whole_one(name):
     assert trained(2, name, fully_sharded.by_rows) < EXACT
 

@@ -37,7 +37,7 @@ from cases import (
     weights,
     weights_of,
 )
-from slimstate.optim import SGDP, GaLoreAdafactor, state_bytes
+from slimstate.optim import SGDP, AdamW, GaLoreAdafactor, state_bytes
 from training import gradients, parameter, run
 
 # What gives each matrix of a stack what it would get alone: nothing is drawn for each, or decided for all.
@@ -578,6 +578,37 @@ def test_parameters_can_be_swapped_before_the_first_step(name):
     optimizer.step()
     reference.step()
     assert_equal(weights_of(optimizer.param_groups[0]["params"]), weights(other))
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@few
+def test_parameters_that_a_wrapper_flattens_are_refused_before_anything_is_changed(name, copied):
+    """As ZeRO stages 1 and 2 do to an optimizer that is given to them."""
+    net = model()
+    optimizer = build(name, net.parameters())
+    optimizer = copy.deepcopy(optimizer) if copied else optimizer
+    flat = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    optimizer.param_groups[0]["params"] = [flat]
+    optimizer.step()  # without a gradient
+    flat.grad = torch.ones_like(flat)
+    before = flat.detach().clone()
+    if CASES[name][0] is AdamW:  # it goes by entries
+        optimizer.step()
+        assert not torch.equal(flat, before)
+        return
+    with pytest.raises(RuntimeError, match=r"have lost their shapes\. Use torch\.distributed\.fsdp\.fully_shard"):
+        optimizer.step()
+    assert torch.equal(flat, before)
+    assert not optimizer.state.get(flat)
+
+
+@few
+def test_parameters_of_zero_stage_3_are_refused(name):
+    net = model()
+    for p in net.parameters():
+        p.ds_id = 0
+    with pytest.raises(NotImplementedError, match=r"use torch\.distributed\.fsdp\.fully_shard"):
+        build(name, net.parameters())
 
 
 @contract("parameters are swapped or moved to another dtype before the first step")
