@@ -52,6 +52,8 @@ def test_processes_train_as_one_for_fifty_steps(name, dim, processes, dtype, bou
     settings = {"projection": UNDIVIDED[dim]} if coordinates(name) else {}
     if "bfloat16" in name:
         settings["moment_dtype"] = None  # the random bits of parts are their own
+    if dtype == torch.float32 and name == "GradNormLoRP, svd, rotate":
+        bound = 3e-4  # dV has near ties: gradients that are off by their last bit take one process 1e-4 away
     shapes = EVEN_SHAPES if dim and processes == 3 else sharded.SHAPES
     assert difference(processes, name, dim, dtype, 50, shapes, **settings) < bound
 
