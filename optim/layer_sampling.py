@@ -542,7 +542,7 @@ def _reshard(model: nn.Module) -> None:
     """Undoes what fully_shard leaves after a forward pass: the root's weights, gathered."""
     for module in model.modules():
         if hasattr(module, "reshard"):
-            module.reshard()
+            module.reshard()  # type: ignore[operator]
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -602,7 +602,7 @@ def _input_norms(model: nn.Module, modules: set[nn.Module], batches: Iterable[An
 
     weights = {m: w for m in model.modules() if m in modules and (w := _by_rows(m)) is not None}
     # Whose inputs the processes see parts of, in an order that they agree on.
-    meshes = {m: w.device_mesh for m, w in weights.items() if hasattr(w, "placements")}
+    meshes = {m: w.device_mesh for m, w in weights.items() if hasattr(w, "placements")}  # type: ignore[attr-defined]
     training = {module: module.training for module in model.modules()}
     handles = [module.register_forward_pre_hook(add) for module in modules]
     count = 0
