@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from cases import build
+from cases import CASES, build
 
 TOKENS, LENGTH, BATCH = 11, 12, 12  # a batch that 2, 3 and 4 processes divide alike
 
@@ -187,12 +187,13 @@ def tensor_parallel_and_sharded(net):
     return mesh["outer"].get_local_rank(), mesh["outer"].size()
 
 
-def groups_of(net):
+def groups_of(net, name):
     """The network's parameters by name, and its stack of experts as a group of its own."""
     named = list(net.named_parameters())
     experts = [pair for pair in named if pair[0].startswith("experts")]
+    stacked = {"batch_dims": 1} if CASES[name][1] else {}
     groups = [{"params": [pair for pair in named if pair not in experts]}]
-    return [*groups, {"params": experts, "batch_dims": 1}] if experts else groups
+    return [*groups, {"params": experts, **stacked}] if experts else groups
 
 
 def swapped(optimizer, net, old):
@@ -207,14 +208,14 @@ def trains_as_one(name, divide, steps=6, dtype=torch.float64, sizes=None, swap=F
     """The distance between what these processes train together and what one trains with all of each batch."""
     net, alone = network(dtype, **(sizes or {})), network(dtype, **(sizes or {}))
     start = [p.detach().clone() for p in alone.parameters()]
-    reference = build(name, groups_of(alone), **settings)
+    reference = build(name, groups_of(alone, name), **settings)
     if swap:
-        optimizer, old = build(name, groups_of(net), **settings), dict(net.named_parameters())
+        optimizer, old = build(name, groups_of(net, name), **settings), dict(net.named_parameters())
         rank, size = divide(net)
         swapped(optimizer, net, old)
     else:
         rank, size = divide(net)
-        optimizer = build(name, groups_of(net), **settings)
+        optimizer = build(name, groups_of(net, name), **settings)
     low = divide is in_bfloat16
     for i in range(steps):
         backward(net, i, rank, size)

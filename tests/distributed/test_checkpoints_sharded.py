@@ -8,7 +8,7 @@ from world import world
 
 ALWAYS = ["GaLoreAdamW, svd, rotate", "FRUGAL, columns"]
 NAMES = ["AdamW", "AdamP", "SGDP", "GaLoreAdamW, power, keep", "GaLoreAdamW, random, reset", "FRUGAL, svd, sgdm, sgd"]
-NAMES += ["GaLoreAdafactor, beta1", "GradNormLoRP, svd, rotate", "DCTAdamW, every third", "DCTAdamW, 8-bit errors"]
+NAMES += ["GaLoreAdafactor, beta1", "GradNormLoRP, svd, rotate", "DCTAdamW, every third", "DCTAdamW, hadamard, errors"]
 every = pytest.mark.parametrize("name", [*ALWAYS, *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES)])
 
 
