@@ -81,7 +81,7 @@ def test_a_step_is_clipped_by_the_length_of_all_its_parts(side, dim):
 @pytest.mark.parametrize("dims", [(0, 1), (1, 0), (0, 0)])
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_and_columns_may_both_be_divided(name, dims):
-    for shapes, settings in ((sharded.SHAPES, {}), (STACKS, {"batch_dims": 1, "rank": None})):
+    for shapes, settings in ((sharded.SHAPES, {}), ([*STACKS, (9, 13)], {"batch_dims": 1, "rank": 2})):
         if "batch_dims" not in settings or name in ADAFACTOR:
             moved, _, kept = differences(4, name, dims, torch.float64, 10, shapes, **settings)
             assert moved < 1e-9
