@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from slimstate.ops import PartKey
 from slimstate.projections import DCT, Hadamard, Projection
 from slimstate.projections._base import compute_dtype
 from slimstate.projections._blocks import blocks, largest_magnitude
@@ -333,6 +334,9 @@ class DCTAdamW(ProjectedOptimizer):
         a = self._corrected(matrix, group, j)
         error, index = matrix.member(matrix.state["error"], j), matrix.member(matrix.state["index"], j)
         key, d = matrix.key(ERROR), matrix.view.d
+        if isinstance(key, PartKey) and matrix.part is not None:
+            axes = "b" * len(matrix.view.lead) + "kd"
+            key = key._replace(place=matrix.part.place(axes, (*matrix.view.lead, matrix.view.k, d)))
         for s in a.blocks():
             e = a.read(s).sub_(projection.up(r[:, s], index, d)).mT.contiguous()
             finite = e.abs().amax(1) <= torch.finfo(matrix.p.dtype).max
