@@ -190,7 +190,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: Group) -> None:
         """As torch's, but an unknown key, a value out of range or a parameter that is not dense and real floating
-        point, or is sharded, raises before anything is changed, and the caller's dict is left as it is."""
+        point, or has been flattened, raises before anything is changed, and the caller's dict is left as it is."""
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         unknown = sorted(param_group.keys() - self.defaults.keys() - BOOKKEEPING)
