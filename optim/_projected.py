@@ -460,14 +460,19 @@ class ProjectedOptimizer(Optimizer):
         for ranks, tasks in together.items():
             for i in range(0, len(tasks), len(ranks)):
                 self._refresh_together(tasks[i : i + len(ranks)], ranks, group, projection)
-        self._share_counts(stacks)
+        self._share_counts(stacks, group)
 
-    def _share_counts(self, stacks: list[Matrix]) -> None:
+    def _share_counts(self, stacks: list[Matrix], group: Group) -> None:
         """Brings the counts of stacks together whose matrices were refreshed by several processes."""
-        counted = [(x.state["refreshes"].to(x.p.device), x) for x in stacks]
-        total_([(counts, x.part.groups("b")) for counts, x in counted if x.part], largest=True)
-        for counts, x in counted:
+        counted = [(x, x.state["refreshes"].to(x.p.device)) for x in stacks]
+        # Negated: where one process has begun anew, the moments of all matrices do.
+        ages = [(x, -x.state["age"].to(x.p.device)) for x in stacks if "age" in x.state]
+        total_([(mark, x.part.groups("b")) for x, mark in counted + ages if x.part], largest=True)
+        for x, counts in counted:
             x.state["refreshes"].copy_(counts)
+        for x, negated in ages:
+            if x.state["age"] > -negated.cpu():
+                self._reset_(x, group)
 
     def _ranks(self, matrix: Matrix) -> Ranks | None:
         """The processes that refresh a matrix together; None where this one does it alone."""
@@ -526,8 +531,12 @@ class ProjectedOptimizer(Optimizer):
         if old is not None and group["transport"] == "rotate":
             self._rotate_(matrix, group, j, projection.overlap(basis, old))
         if old is not None and group["transport"] == "reset":
-            for key in (*self._moments_spec(matrix.param, group, matrix.whole.shape), "age"):
-                state[key].zero_()
+            self._reset_(matrix, group)
+
+    def _reset_(self, matrix: Matrix, group: Group) -> None:
+        """The moments of all matrices of a stack begin anew."""
+        for key in (*self._moments_spec(matrix.param, group, matrix.whole.shape), "age"):
+            matrix.state[key].zero_()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

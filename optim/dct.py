@@ -215,7 +215,7 @@ class DCTAdamW(ProjectedOptimizer):
             else:
                 self._refresh(matrix, group, projection, scheduled=scheduled)
         self._choose_together(divided, group, projection)
-        self._share_counts(stacks)
+        self._share_counts(stacks, group)
 
     def _refresh(self, matrix: Matrix, group: Group, projection: Projection, *, scheduled: bool) -> None:
         """Chooses J, if not in every step: then it is chosen where R is computed, from the same coefficients."""
