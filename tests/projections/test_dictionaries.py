@@ -170,7 +170,7 @@ def test_fit_down_is_fit_and_down_of_the_sum(kind, block, d, k, rank, norm, dtyp
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         e = torch.randn(d, k, dtype=wide) * 2.0**exponent if added else torch.zeros(d, k, dtype=wide)
         a = m.to(wide) + e
-        sums = Columns(m, lambda s: e[:, s], e.abs().amax()) if added else Columns(m)
+        sums = Columns(m, lambda s: e[:, s], lambda: e.abs().amax()) if added else Columns(m)
         kept = m.clone()
         index, r, usable = projection.fit_down(sums, None)
         assert torch.equal(index, projection.fit(a, None, ()))
@@ -201,7 +201,7 @@ def test_fit_down_keeps_the_old_choice_where_nothing_can_be_chosen(kind, bad, ra
 @kinds
 def test_a_sum_that_vanishes_keeps_the_old_choice(kind):
     m, old = torch.randn(12, 20), torch.tensor([1, 4, 9], dtype=torch.int32)
-    index, r, usable = KINDS[kind](rank=3).fit_down(Columns(m, lambda s: -m[:, s], m.abs().amax()), old)
+    index, r, usable = KINDS[kind](rank=3).fit_down(Columns(m, lambda s: -m[:, s], lambda: m.abs().amax()), old)
     assert torch.equal(index, old)
     assert not r.any()
     assert not bool(usable)
