@@ -165,7 +165,7 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             ValueError: for a way to divide it that this optimizer cannot step with; says what to use.
         """
-        return part_of(p, None)
+        return part_of(p)
 
     def _select_states(self, group: Group, params: list[Tensor]) -> None:
         """Creates and drops what comes and goes in the states of parameters that are about to take a step."""

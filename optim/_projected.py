@@ -353,7 +353,7 @@ class ProjectedOptimizer(Optimizer):
         return "b" * len(self._view(p, group).lead) + self.axes[key]
 
     def _part(self, p: Tensor, group: Group) -> Part | None:
-        return part_of(p, self._view(p, group) if self._is_projected(p, group) else None)
+        return part_of(p, lambda: self._view(p, group) if self._is_projected(p, group) else None)
 
     def _check_state(self, name: str, p: Tensor, group: Group, state: State) -> None:
         super()._check_state(name, p, group, state)

@@ -2,7 +2,7 @@
 the few sums that steps and refreshes need. Nothing here knows an optimizer."""
 
 import math
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -64,10 +64,7 @@ class Part:
 
     def _dims(self, axes: str) -> list[int]:
         dims = [getattr(placement, "dim", None) for placement in self.placements]
-        return [i for i, dim in enumerate(dims) if dim is not None and not self._names(dim).isdisjoint(axes)]
-
-    def _names(self, dim: int) -> set[str]:
-        return _names(self.view, dim)
+        return [i for i, dim in enumerate(dims) if dim is not None and not _names(self.view, dim).isdisjoint(axes)]
 
     def placed(self, axes: str) -> list["Placement"]:
         """The placements of a state tensor with these axes; one that the parameter does not divide is replicated."""
@@ -75,7 +72,7 @@ class Part:
 
         placed: list[Placement] = []
         for placement in self.placements:
-            names = set() if (dim := getattr(placement, "dim", None)) is None else self._names(dim)
+            names = set() if (dim := getattr(placement, "dim", None)) is None else _names(self.view, dim)
             at = next((i for i, axis in enumerate(axes) if axis in names), None)
             placed.append(Replicate() if at is None else _moved(placement, at))
         return placed
@@ -227,15 +224,16 @@ class Ranks:
 _ranks = lru_cache(maxsize=256)(Ranks)
 
 
-def part_of(p: Tensor, view: MatrixView | None) -> Part | None:
-    """The part of a parameter that is here; None where it is not divided but whole.
+def part_of(p: Tensor, view: Callable[[], MatrixView | None] = lambda: None) -> Part | None:
+    """The part of a parameter that is here; None where it is not divided but whole, as most are: nobody asks for their
+    view then.
 
     Raises:
         NotImplementedError: for a way to divide it in which a state's axis would not lie together.
     """
     if not hasattr(p, "placements"):
         return None
-    return _part(p.device_mesh, tuple(p.placements), tuple(p.shape), view)  # type: ignore[attr-defined]
+    return _part(p.device_mesh, tuple(p.placements), tuple(p.shape), view())  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=4096)

@@ -229,7 +229,7 @@ class GaLoreAdafactor(ProjectedOptimizer):
         return "b" * len(dense_view(p, group).lead) + DENSE_AXES[key]
 
     def _part(self, p: Tensor, group: Group) -> Part | None:
-        return super()._part(p, group) if self._is_projected(p, group) else part_of(p, dense_view(p, group))
+        return part_of(p, lambda: self._view(p, group) if self._is_projected(p, group) else dense_view(p, group))
 
     def _divided(self, matrix: Matrix, group: Group, projection: Projection) -> tuple[list[Matrix], Projection] | None:
         if matrix.part is None or matrix.part.divides("d") or not matrix.part.divides("k"):

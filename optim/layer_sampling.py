@@ -564,7 +564,7 @@ def _outlier_share(module: nn.Module, norm: Tensor | None, tau: float, name: str
     if not weight.numel():
         return 0.0
 
-    here, part = local(weight), part_of(weight, None)
+    here, part = local(weight), part_of(weight)
     groups = () if part is None else part.groups("01")
     if part is not None and norm is not None:
         norm = part.cut(norm, "1")
