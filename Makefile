@@ -24,7 +24,7 @@ test-all: $(VENV)/.test $(VENV)/.reviews
 
 check: $(VENV)/.check
 	mkdir -p build/typing/slimstate
-	ln -sfn $(addprefix $(CURDIR)/,$(wildcard csrc/python/*.py*) optim projections) build/typing/slimstate/
+	ln -sfn $(addprefix $(CURDIR)/,$(wildcard csrc/python/*.py*) csrc/python/ops optim projections) build/typing/slimstate/
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy

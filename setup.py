@@ -20,7 +20,10 @@ def extension(cuda: bool) -> dict[str, Any]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     defines = ["-DTORCH_TARGET_VERSION=0x020a000000000000", *(["-DUSE_CUDA"] if cuda else [])]
-    optimize = [] if sys.platform == "win32" else ["-O3"]
+    # No fused multiply-add, so that kernels reach the bits of the references; no errno, so that roots are vectorised.
+    optimize = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+    if sys.platform == "win32":
+        optimize = ["/fp:precise"]
     if cuda and torch.cuda.device_count() == 0:
         # torch asks the GPUs that it sees for their architecture, and fails where there are none.
         newest = ";10.0+PTX" if cuda_version() >= (12, 8) else "+PTX"
@@ -31,7 +34,7 @@ def extension(cuda: bool) -> dict[str, Any]:
         sorted(map(str, sources)),
         include_dirs=[str(CSRC.resolve())],
         depends=sorted(map(str, CSRC.glob("**/*.h"))),
-        extra_compile_args={"cxx": optimize + defines, "nvcc": ["-O3", *defines]},
+        extra_compile_args={"cxx": optimize + defines, "nvcc": ["-O3", "-fmad=false", *defines]},
         py_limited_api=True,
     )
     return {

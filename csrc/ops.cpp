@@ -1,5 +1,5 @@
 // Schemas. The kernels register themselves in cpu/ and cuda/; fakes and the same arithmetic in PyTorch are in
-// python/ops.py.
+// python/ops/.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 

@@ -1,5 +1,5 @@
 // Stochastic rounding of one float32, for the CPU loop and the CUDA kernel alike. Integer arithmetic only, so that
-// csrc/python/ops.py states the same functions in PyTorch and reaches the same bits.
+// csrc/python/ops/rounding.py states the same functions in PyTorch and reaches the same bits.
 #pragma once
 #include <cstdint>
 #include <cstring>

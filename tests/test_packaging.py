@@ -12,7 +12,12 @@ import pytest
 import slimstate
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = {"csrc/python": "slimstate", "optim": "slimstate/optim", "projections": "slimstate/projections"}
+PACKAGES = {
+    "csrc/python": "slimstate",
+    "csrc/python/ops": "slimstate/ops",
+    "optim": "slimstate/optim",
+    "projections": "slimstate/projections",
+}
 
 
 def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -66,14 +71,19 @@ def test_pure_wheel_holds_the_package_and_nothing_else(pure_wheel, files):
         (license_file,) = [name for name in wheel.namelist() if name.endswith("/LICENSE")]
         license_text = wheel.read(license_file).decode()
     assert found == expected
-    assert {"slimstate/__init__.py", "slimstate/ops.py", "slimstate/py.typed", "slimstate/optim/__init__.py"} <= found
+    assert {
+        "slimstate/__init__.py",
+        "slimstate/ops/__init__.py",
+        "slimstate/py.typed",
+        "slimstate/optim/__init__.py",
+    } <= found
     assert "Apache License" in license_text
 
 
 def test_pure_wheel_runs(pure_wheel, tmp_path):
     code = "import slimstate.ops, slimstate.optim; print(slimstate.ops.__file__, slimstate.ops.COMPILED)"
     result = python_with(pure_wheel, tmp_path, "-c", code)
-    assert result.stdout.split() == [str(tmp_path / "slimstate" / "ops.py"), "False"], result.stderr
+    assert result.stdout.split() == [str(tmp_path / "slimstate" / "ops" / "__init__.py"), "False"], result.stderr
 
 
 def test_metadata(pure_wheel):

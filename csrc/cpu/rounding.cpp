@@ -7,15 +7,9 @@
 #include <algorithm>
 
 #include "checks.h"
+#include "cpu/clones.h"
 
 using torch::stable::Tensor;
-
-// The loader picks the widest version that the machine runs, twice as fast as the baseline that a wheel must assume.
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__GLIBC__)
-#define SLIMSTATE_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define SLIMSTATE_CLONES
-#endif
 
 namespace {
 

@@ -1,110 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Element-wise kernels: the compiled ops where they were built, the same arithmetic in PyTorch everywhere.
+"""Stochastic rounding of float32 to bfloat16 and float16."""
 
-An op ``name`` comes with ``name_reference``, which is its definition: it gives the same bits on every device, runs
-where nothing was compiled, and is what each kernel is tested against. Where nothing was compiled no op is registered
-either: ``torch.compile`` then traces the reference and fuses it, which an opaque op would prevent.
-
-``python -m slimstate.ops`` prints what is compiled and compares it with the reference.
-"""
-
-import warnings
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = [
-    "COMPILED",
-    "DEVICES",
-    "WHOLE",
-    "Key",
-    "PartKey",
-    "Place",
-    "counter_key",
-    "stochastic_round_",
-    "stochastic_round_reference_",
-]
+from ._compiled import COMPILED, DEVICES
+from .keys import WHOLE, Key, PartKey, Place, counter_key
 
-try:
-    import slimstate._C as _C
-except ModuleNotFoundError:
-    DEVICES: frozenset[str] = frozenset()
-except ImportError as error:
-    warnings.warn(f"slimstate._C was built but does not load, PyTorch is used instead: {error}", stacklevel=2)
-    DEVICES = frozenset()
-else:
-    DEVICES = frozenset(_C.DEVICES.split())
-COMPILED: bool = bool(DEVICES)
+__all__ = ["stochastic_round_", "stochastic_round_reference_"]
 
 _Bits = TypeVar("_Bits", int, Tensor)
 _WORD = 0xFFFFFFFF
 _CHUNK = 1 << 17  # elements; an int64 temporary of the reference is 1 MiB
-
-
-class Place(NamedTuple):
-    """Where the elements of a part lie in the whole tensor: rows of `width` elements, `pitch` apart, from `start` on.
-
-    Its i-th element is number ``start + (i // width) * pitch + i % width`` of the whole. The default is the whole.
-    """
-
-    start: int = 0
-    width: int = (1 << 63) - 1
-    pitch: int = 0
-
-
-WHOLE = Place()
-
-
-class PartKey(NamedTuple):
-    """A key for a part of a tensor, which is rounded as in the whole one.
-
-    Args:
-        word: the whole tensor's key.
-        place: where the part lies.
-    """
-
-    word: int | Tensor
-    place: Place
-
-
-Key = int | Tensor | PartKey
-"""What random bits go by: an int64, in compiled code as a 0-d tensor; and where the tensor lies in another one."""
-
-
-def counter_key(seed: int, *words: int) -> int:
-    r"""Mixes a seed and any number of words (stream, step, tag) into one key for the counter-based ops.
-
-    Each word :math:`w` advances the state by :math:`s \leftarrow \mathrm{mix}(s + \gamma) \oplus w`, with the mixer and
-    the odd constant :math:`\gamma` of SplitMix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number
-    Generators", 2014); a last mix follows. Order and number of the words count.
-
-    Args:
-        seed: any integer; its low 64 bits are used.
-        *words: likewise.
-
-    Returns:
-        An integer in [-2**63, 2**63), which fits an int64 tensor and an op's ``int``.
-
-    Example:
-        >>> counter_key(0, 3, 100) == counter_key(0, 3, 100)
-        True
-        >>> counter_key(0, 3, 100) == counter_key(0, 100, 3)
-        False
-    """
-    state = seed
-    for word in words:
-        state = _splitmix64(state) ^ word
-    state = _splitmix64(state)
-    return state - ((state >> 63) << 64)
-
-
-def _splitmix64(state: int) -> int:
-    mask = (1 << 64) - 1
-    z = (state + 0x9E3779B97F4A7C15) & mask
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return z ^ (z >> 31)
 
 
 def stochastic_round_(out: Tensor, x: Tensor, key: Key, offset: int = 0) -> None:
@@ -231,25 +141,12 @@ if COMPILED:
         torch._check(out.numel() == x.numel())
 
 
-def _main() -> int:
-    """Prints what is compiled; 1 if it disagrees with the reference anywhere, else 0."""
-    print(f"torch {torch.__version__}; compiled for: {', '.join(sorted(DEVICES)) or 'no device, PyTorch is used'}")
-    failed = False
-    for device in sorted(DEVICES):
-        if device == "cuda" and not torch.cuda.is_available():
-            print("  cuda: no GPU here, not compared")
-            continue
-        # Every exponent, both signs, infinities and NaN: the bits of a float32 at even distances.
-        x = torch.arange(-(2**31), 2**31, 16411, device=device).to(torch.int32).view(torch.float32)
-        for dtype in (torch.bfloat16, torch.float16):
-            out, expected = torch.empty_like(x, dtype=dtype), torch.empty_like(x, dtype=dtype)
-            stochastic_round_(out, x, counter_key(0, 1), offset=2**32 - 1000)
-            stochastic_round_reference_(expected, x, counter_key(0, 1), offset=2**32 - 1000)
-            same = torch.equal(out.view(torch.int16), expected.view(torch.int16))
-            failed |= not same
-            print(f"  stochastic_round_ {device} {dtype}: {'equals the reference' if same else 'DIFFERS'}")
-    return int(failed)
-
-
-if __name__ == "__main__":
-    raise SystemExit(_main())
+def check(device: str) -> Iterator[tuple[str, bool]]:
+    """Compares the compiled op with its reference: what was compared, and whether it agrees."""
+    # Every exponent, both signs, infinities and NaN: the bits of a float32 at even distances.
+    x = torch.arange(-(2**31), 2**31, 16411, device=device).to(torch.int32).view(torch.float32)
+    for dtype in (torch.bfloat16, torch.float16):
+        out, expected = torch.empty_like(x, dtype=dtype), torch.empty_like(x, dtype=dtype)
+        stochastic_round_(out, x, counter_key(0, 1), offset=2**32 - 1000)
+        stochastic_round_reference_(expected, x, counter_key(0, 1), offset=2**32 - 1000)
+        yield f"stochastic_round_ {dtype}", torch.equal(out.view(torch.int16), expected.view(torch.int16))

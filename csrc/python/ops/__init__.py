@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Element-wise kernels: the compiled ops where they were built, the same arithmetic in PyTorch everywhere.
+
+An op ``name`` comes with ``name_reference``, which is its definition: it runs where nothing was compiled, and is what
+each kernel is tested against. Where nothing was compiled no op is registered either: ``torch.compile`` then traces the
+reference and fuses it, which an opaque op would prevent.
+
+``python -m slimstate.ops`` prints what is compiled and compares it with the reference.
+"""
+
+from ._compiled import COMPILED, DEVICES
+from .keys import WHOLE, Key, PartKey, Place, counter_key
+from .rounding import stochastic_round_, stochastic_round_reference_
+
+__all__ = [
+    "COMPILED",
+    "DEVICES",
+    "WHOLE",
+    "Key",
+    "PartKey",
+    "Place",
+    "counter_key",
+    "stochastic_round_",
+    "stochastic_round_reference_",
+]
