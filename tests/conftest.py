@@ -3,11 +3,11 @@ import os
 from collections.abc import Iterator
 from types import ModuleType
 
-import emulator
 import hypothesis
 import pytest
 import torch
 
+import emulator
 from slimstate import ops
 
 pytest_plugins = ["contract_table"]

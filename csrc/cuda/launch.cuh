@@ -2,8 +2,8 @@
 // reductions over a warp or a block.
 //
 // A kernel over many tensors describes one tensor by a plain struct, and cuts it into as many blocks of threads as it
-// likes. `launch_each` packs the structs into the kernel's argument (which a captured graph keeps; nothing is allocated,
-// copied or waited for), starts as few kernels as hold them all, and each block finds what it works on:
+// likes. `launch_each` packs the structs into the kernel's argument (which a captured graph keeps; nothing is
+// allocated, copied or waited for), starts as few kernels as hold them all, and each block finds what it works on:
 //
 //   struct Decay { float* p; int64_t numel; float factor; };             // all that differs from tensor to tensor
 //
@@ -46,7 +46,8 @@ constexpr int threads = 256;
 
 // Starts a kernel on the current stream of the device of `where`.
 template <typename... Parameters, typename... Arguments>
-void launch(const torch::stable::Tensor& where, int64_t blocks, void (*kernel)(Parameters...), Arguments&&... arguments) {
+void launch(const torch::stable::Tensor& where, int64_t blocks, void (*kernel)(Parameters...),
+            Arguments&&... arguments) {
   if (blocks == 0) return;  // an empty grid is a launch error
   STD_TORCH_CHECK(blocks < int64_t{1} << 31, "slimstate: ", blocks, " blocks are more than a grid holds");
   const torch::stable::accelerator::DeviceGuard guard(where.get_device_index());
@@ -122,7 +123,9 @@ struct Packs {
   int64_t start, stop, numel;
 
   __device__ Packs(int64_t numel, int64_t block, int64_t elements = block_elements)
-      : start(block * elements + threadIdx.x * int64_t{count}), stop(min((block + 1) * elements, numel)), numel(numel) {}
+      : start(block * elements + threadIdx.x * int64_t{count}),
+        stop(min((block + 1) * elements, numel)),
+        numel(numel) {}
   __device__ bool inside() const { return start < stop; }
   __device__ void next() { start += int64_t{threads} * count; }
   __device__ int64_t left() const { return numel - start; }

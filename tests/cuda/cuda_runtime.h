@@ -110,7 +110,9 @@ inline void yield() { swapcontext(&current->context, &scheduler); }
   for (;;) yield();
 }
 
-inline std::string line(const Where& where) { return std::string(where.file_name()) + ":" + std::to_string(where.line()); }
+inline std::string line(const Where& where) {
+  return std::string(where.file_name()) + ":" + std::to_string(where.line());
+}
 
 inline void run_thread() {
   entry(entry_argument);

@@ -23,6 +23,8 @@ def build(folder: Path, sanitized: bool = False) -> Path:
     """
     if sys.platform != "linux":
         pytest.skip("the emulator of CUDA needs Linux")
+    import fcntl
+
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("no C++ compiler to build the emulator of CUDA with")
@@ -36,19 +38,19 @@ def build(folder: Path, sanitized: bool = False) -> Path:
     )
 
     def compile_one(source: Path) -> Path:
-        key = hashlib.sha256(repr(command).encode() + headers + source.read_bytes()).hexdigest()[:16]
+        key = hashlib.sha256(common + source.read_bytes()).hexdigest()[:16]
         target = folder / f"{source.stem}-{key}.o"
         if not target.exists():
             run(*command, str(source), "-o", f"{target}.part")
             os.replace(f"{target}.part", target)
         return target
 
-    import fcntl
+    sources = [CSRC / "ops.cpp", *sorted(CSRC.glob("cuda/*.cu")), HERE / "machinery.cu"]
 
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of several workers one builds
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            objects = list(pool.map(compile_one, [CSRC / "ops.cpp", *sorted(CSRC.glob("cuda/*.cu"))]))
+            objects = list(pool.map(compile_one, sources))
         library = folder / f"emulated-{hashlib.sha256(repr(objects).encode()).hexdigest()[:16]}.so"
         if not library.exists():
             link = [*SANITIZED] if sanitized else []

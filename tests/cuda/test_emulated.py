@@ -1,4 +1,5 @@
 import pytest
+
 from slimstate.ops.__main__ import MODULES
 
 SAMPLES = [sample for module in MODULES for sample in module.samples("cpu")]
