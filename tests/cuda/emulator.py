@@ -33,9 +33,8 @@ def build(folder: Path, sanitized: bool = False) -> Path:
     command += ["-Wno-unknown-pragmas", "-DTORCH_TARGET_VERSION=0x020a000000000000", *(f"-I{path}" for path in folders)]
     command += SANITIZED if sanitized else ("-fsanitize=alignment", "-DEMULATED_ALIGNMENT")
     command += ["-include", str(HERE / "cuda_runtime.h"), "-c", "-x", "c++"]
-    headers = b"".join(
-        path.read_bytes() for path in sorted([*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), *HERE.glob("*.h")])
-    )
+    headers = sorted([*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), *HERE.glob("*.h")])
+    common = repr(command).encode() + b"".join(path.read_bytes() for path in headers)
 
     def compile_one(source: Path) -> Path:
         key = hashlib.sha256(common + source.read_bytes()).hexdigest()[:16]
@@ -46,7 +45,6 @@ def build(folder: Path, sanitized: bool = False) -> Path:
         return target
 
     sources = [CSRC / "ops.cpp", *sorted(CSRC.glob("cuda/*.cu")), HERE / "machinery.cu"]
-
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of several workers one builds
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
