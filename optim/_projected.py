@@ -265,9 +265,9 @@ class ProjectedOptimizer(Optimizer):
 
     def _is_chosen(self, p: Tensor, group: Group) -> bool:
         """Whether the group wants this parameter's state compressed, and its shape allows it."""
-        return (
-            any(group[key] is not None for key in self.shares) and p.ndim >= group["batch_dims"] + 2 and p.numel() > 0
-        )
+        if p.ndim < group["batch_dims"] + 2 or not p.numel():
+            return False
+        return any(group[key] is not None for key in self.shares)
 
     def _has_shape(self, p: Tensor, group: Group) -> bool:
         return self._is_chosen(p, group)
