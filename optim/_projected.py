@@ -593,8 +593,13 @@ def _usable(largest: float) -> bool:
 
 
 def _matrix(x: Entry, projection: Projection, group: Group) -> Matrix:
-    view = projection.view(tuple(x.p.shape), group["batch_dims"]) if x.part is None else x.part.here
+    view = _view(projection, tuple(x.p.shape), group["batch_dims"]) if x.part is None else x.part.here
     return Matrix(x.param, x.part, x.p, x.gradient, x.state, x.step, x.draw, view)
+
+
+@lru_cache(maxsize=4096)
+def _view(projection: Projection, shape: tuple[int, ...], batch_dims: int) -> MatrixView:
+    return projection.view(shape, batch_dims)
 
 
 @lru_cache(maxsize=256, typed=True)  # rank 1 and rank 1.0 are not the same

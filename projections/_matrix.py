@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
@@ -61,7 +60,6 @@ class MatrixView(NamedTuple):
         return (m.mT if self.transposed else m).reshape(self.shape)
 
 
-@lru_cache(maxsize=4096)
 def matrix_view(shape: tuple[int, ...], side: Side = "auto", batch_dims: int = 0) -> MatrixView:
     """Chooses the orientation of a parameter.
 
