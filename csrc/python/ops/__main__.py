@@ -3,10 +3,10 @@
 
 import torch
 
-from . import rounding
+from . import codes, rounding
 from ._compiled import DEVICES
 
-CHECKED = (rounding,)
+CHECKED = (rounding, codes)
 
 
 def main() -> int:
