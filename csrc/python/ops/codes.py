@@ -5,7 +5,7 @@ https://arxiv.org/abs/2110.02861"""
 import math
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ Layout = Literal["rows", "columns"]
 
 BLOCK = 256  # elements that share a scale
 DECADES = 7
+HALVES = 1 << 15  # upper halves of float32 numbers of either sign
 
 
 @cache
@@ -45,11 +46,27 @@ def code_values(signed: bool) -> Tensor:
     return torch.cat(values).sort().values
 
 
+class _Tables(NamedTuple):
+    """How codes are read and found.
+
+    The upper half of a float32 number's bits tells its code but for one question: within what they leave open lies at
+    most one of the numbers half way between two values.
+    """
+
+    values: Tensor
+    lower: Tensor  # of each upper half: the lower code
+    between: Tensor  # and above what number it is the next one
+
+
 @cache
-def _tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The values, and what lies half way between them."""
+def _tables(signed: bool, device: torch.device) -> _Tables:
     values = code_values(signed)
-    return values.to(device), ((values[1:] + values[:-1]) / 2).to(device)
+    between = (values[1:] + values[:-1]) / 2
+    least = torch.arange(-HALVES, HALVES, dtype=torch.int32) << 16  # in magnitude
+    ends = torch.bucketize(torch.stack((least, least | 0xFFFF)).view(torch.float32), between)
+    lower = ends.amin(0)
+    open_ = torch.where(ends[0] == ends[1], math.inf, between[lower.clamp(max=254)])
+    return _Tables(*(x.to(device) for x in (values, lower.to(torch.uint8), open_)))
 
 
 def scale_shape(shape: Sequence[int], layout: Layout) -> tuple[int, ...]:
@@ -71,8 +88,8 @@ def encode_(codes: Tensor, scale: Tensor, x: Tensor, *, signed: bool, layout: La
         x_i / s,
 
     the quotient rounded to float32 and the smaller c at half way between two (in float32, too). A block of zeros has
-    the scale 0 and the codes of the value 0. A number that is not finite leaves nothing finite of its block but zeros:
-    of infinity the scale is infinite, of NaN it is NaN.
+    the scale 0 and the codes of the value 0. One number that is not finite makes the scale so, and leaves no number of
+    its block: decoded, all are NaN or infinite. Its codes are unspecified then.
 
     Blocks are runs of 256 elements, the last of a run may be shorter:
 
@@ -99,9 +116,7 @@ def encode_(codes: Tensor, scale: Tensor, x: Tensor, *, signed: bool, layout: La
     encode_reference_(codes, scale, x, signed=signed, layout=layout)
 
 
-def decode(
-    codes: Tensor, scale: Tensor, *, signed: bool, layout: Layout, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def decode(codes: Tensor, scale: Tensor, *, signed: bool, layout: Layout, dtype: torch.dtype = torch.float32) -> Tensor:
     r"""What :func:`encode_` has kept: :math:`s\, v_c`, the product rounded to float32, and then to ``dtype``.
 
     Args:
@@ -128,8 +143,7 @@ def encode_reference_(codes: Tensor, scale: Tensor, x: Tensor, *, signed: bool, 
     blocks = _in_blocks(x.to(torch.float32).reshape(outer, length, inner))
     largest = blocks.abs().amax(2, keepdim=True)
     scale.copy_(largest.view(scale.shape))
-    _, between = _tables(signed, x.device)
-    found = torch.bucketize(blocks / torch.where(largest == 0, 1, largest), between, out_int32=True)
+    found = _nearest(blocks / torch.where(largest == 0, 1, largest), signed)
     codes.copy_(found.flatten(1, 2)[:, :length].reshape(codes.shape))
 
 
@@ -138,10 +152,19 @@ def decode_reference(codes: Tensor, scale: Tensor, *, signed: bool, layout: Layo
     outer, length, inner = _runs(codes.shape, layout)
     if not codes.numel():
         return torch.empty(codes.shape, device=codes.device)
-    values, _ = _tables(signed, codes.device)
-    blocks = _in_blocks(values[codes.to(torch.int32)].reshape(outer, length, inner))
+    values = _tables(signed, codes.device).values
+    wide = values.index_select(0, codes.reshape(-1).to(torch.int32))
+    blocks = _in_blocks(wide.view(outer, length, inner))
     wide = blocks.mul_(scale.reshape(outer, -1, 1, inner)).flatten(1, 2)[:, :length]
     return wide.reshape(codes.shape)
+
+
+def _nearest(x: Tensor, signed: bool) -> Tensor:
+    """The codes of numbers in [-1, 1], as ``torch.bucketize`` finds them in ten times the time; some code of NaN."""
+    tables, flat = _tables(signed, x.device), x.reshape(-1)
+    half = (flat.view(torch.int32) >> 16).add_(HALVES)
+    above = flat > tables.between.index_select(0, half)
+    return tables.lower.index_select(0, half).add_(above).view(x.shape)
 
 
 def _count(length: int) -> int:
