@@ -5,7 +5,7 @@ https://arxiv.org/abs/2110.02861"""
 import math
 from collections.abc import Sequence
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -110,6 +110,9 @@ def encode_(codes: Tensor, scale: Tensor, x: Tensor, *, signed: bool, layout: La
         ValueError: shapes or devices do not belong together, or the layout is none of these.
     """
     _check(codes, scale, layout, x)
+    if torch.compiler.is_compiling():
+        torch.ops.slimstate.encode_whole_(codes, scale, x, signed, layout)
+        return
     if not codes.numel():
         scale.zero_()
         return
@@ -134,7 +137,27 @@ def decode(codes: Tensor, scale: Tensor, *, signed: bool, layout: Layout, dtype:
         ValueError: shapes or devices do not belong together, or the layout is none of these.
     """
     _check(codes, scale, layout)
+    if torch.compiler.is_compiling():
+        return torch.ops.slimstate.decode_whole(codes, scale, signed, layout, dtype)
     return decode_reference(codes, scale, signed=signed, layout=layout).to(dtype)
+
+
+# One node of a compiled graph each: tables are made once, which a trace would do in every step.
+
+
+@torch.library.custom_op("slimstate::encode_whole_", mutates_args=("codes", "scale"))
+def _(codes: Tensor, scale: Tensor, x: Tensor, signed: bool, layout: str) -> None:
+    encode_(codes, scale, x, signed=signed, layout=cast(Layout, layout))
+
+
+@torch.library.custom_op("slimstate::decode_whole", mutates_args=())
+def _decode_whole(codes: Tensor, scale: Tensor, signed: bool, layout: str, dtype: torch.dtype) -> Tensor:
+    return decode(codes, scale, signed=signed, layout=cast(Layout, layout), dtype=dtype)
+
+
+@_decode_whole.register_fake
+def _(codes: Tensor, scale: Tensor, signed: bool, layout: str, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty(codes.shape, dtype=dtype)
 
 
 def encode_reference_(codes: Tensor, scale: Tensor, x: Tensor, *, signed: bool, layout: Layout) -> None:
@@ -156,7 +179,7 @@ def decode_reference(codes: Tensor, scale: Tensor, *, signed: bool, layout: Layo
     wide = values.index_select(0, codes.reshape(-1).to(torch.int32))
     blocks = _in_blocks(wide.view(outer, length, inner))
     wide = blocks.mul_(scale.reshape(outer, -1, 1, inner)).flatten(1, 2)[:, :length]
-    return wide.reshape(codes.shape)
+    return wide.reshape(codes.shape).contiguous()
 
 
 def _nearest(x: Tensor, signed: bool) -> Tensor:
