@@ -9,6 +9,7 @@ reference and fuses it, which an opaque op would prevent.
 """
 
 from ._compiled import COMPILED, DEVICES
+from .codes import decode, encode_
 from .keys import WHOLE, Key, PartKey, Place, counter_key
 from .rounding import stochastic_round_, stochastic_round_reference_
 
@@ -20,6 +21,8 @@ __all__ = [
     "PartKey",
     "Place",
     "counter_key",
+    "decode",
+    "encode_",
     "stochastic_round_",
     "stochastic_round_reference_",
 ]
