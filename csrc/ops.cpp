@@ -7,6 +7,9 @@ STABLE_TORCH_LIBRARY(slimstate, m) {
   m.def(
       "stochastic_round_(Tensor(a!) out, Tensor x, SymInt key, SymInt offset, SymInt start, SymInt width, "
       "SymInt pitch) -> ()");
+  m.def(
+      "adam_directions_(Tensor(a!)[] rs, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor[] ages, "
+      "float[] biases, int[] keys, int[] places, float beta1, float beta2, float eps, bool maximize) -> ()");
 }
 
 #ifdef USE_CUDA

@@ -3,10 +3,10 @@
 
 import torch
 
-from . import rounding
+from . import directions, rounding
 from ._compiled import DEVICES
 
-CHECKED = (rounding,)
+CHECKED = (rounding, directions)
 
 
 def main() -> int:
