@@ -9,7 +9,7 @@ reference and fuses it, which an opaque op would prevent.
 """
 
 from ._compiled import COMPILED, DEVICES
-from .directions import adam_directions_, adam_directions_reference_
+from .directions import adam_direction_reference_, adam_directions_
 from .keys import WHOLE, Key, PartKey, Place, counter_key
 from .rounding import stochastic_round_, stochastic_round_reference_
 
@@ -20,8 +20,8 @@ __all__ = [
     "Key",
     "PartKey",
     "Place",
+    "adam_direction_reference_",
     "adam_directions_",
-    "adam_directions_reference_",
     "counter_key",
     "stochastic_round_",
     "stochastic_round_reference_",

@@ -6,7 +6,7 @@ import torch
 from . import directions, rounding
 from ._compiled import DEVICES
 
-CHECKED = (rounding, directions)
+MODULES = (rounding, directions)
 
 
 def main() -> int:
@@ -17,10 +17,10 @@ def main() -> int:
         if device == "cuda" and not torch.cuda.is_available():
             print("  cuda: no GPU here, not compared")
             continue
-        for module in CHECKED:
-            for what, same in module.check(device):
-                failed |= not same
-                print(f"  {device} {what}: {'equals the reference' if same else 'DIFFERS'}")
+        for sample in (sample for module in MODULES for sample in module.samples(device)):
+            same = sample.agrees()
+            failed |= not same
+            print(f"  {device} {sample.op} {sample.what}: {'equals the reference' if same else 'DIFFERS'}")
     return int(failed)
 
 

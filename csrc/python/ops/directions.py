@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ._compiled import COMPILED, DEVICES
+from ._samples import Sample
 from .keys import WHOLE, Key, PartKey, Place, counter_key
 from .rounding import stochastic_round_
 
-__all__ = ["adam_directions_", "adam_directions_reference_"]
+__all__ = ["adam_direction_reference_", "adam_directions_"]
 
 _BLOCK = 1 << 20  # elements; what the reference allocates at once
 _MOMENTS = (torch.float32, torch.bfloat16)
@@ -106,8 +107,12 @@ def _adam_directions_(
         if is_compiled_for(r, m, v):
             lists.setdefault((m.dtype, isinstance(ages[i], Tensor)), []).append(i)
         else:
-            own = keys[i] if keys else None
-            adam_directions_reference_(r, m, v, ages[i], (beta1, beta2), eps, maximize, own)
+            age, own = ages[i], keys[i] if keys else None
+            if isinstance(age, Tensor):
+                bias: Sequence[float | Tensor] = _row_corrections(age, beta1, beta2, maximize, r.dtype)
+            else:
+                bias = corrections([age], beta1, beta2, maximize)
+            adam_direction_reference_(r, m, v, bias, (beta1, beta2), eps, own)
     for (dtype, by_row), chosen in lists.items():
         low = [keys[i] for i in chosen] if dtype != torch.float32 else []
         torch.ops.slimstate.adam_directions_(
@@ -148,6 +153,14 @@ def corrections(ages: Sequence[float], beta1: float, beta2: float, maximize: boo
     return [s for age in ages for s in known[age]]
 
 
+def _row_corrections(
+    ages: Tensor, beta1: float, beta2: float, maximize: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    t = ages.double()
+    first, second = 1 / (1 - beta1**t), 1 / (1 - beta2**t).sqrt()
+    return (first if maximize else -first).to(dtype), second.to(dtype)
+
+
 def _root(x: Tensor) -> Tensor:
     # Through float64: what torch calls for float32 on the CPU, MKL's, is off by a unit in the last place at times.
     return x.double().sqrt_().to(x.dtype) if x.device.type == "cpu" else x.sqrt()
@@ -186,40 +199,33 @@ def _(
     _adam_directions_(rs, exp_avgs, exp_avg_sqs, numbers, beta1.item(), beta2.item(), eps, maximize, keys)
 
 
-def adam_directions_reference_(
+def adam_direction_reference_(
     r: Tensor,
     m: Tensor,
     v: Tensor,
-    age: float | Tensor,
+    bias: Sequence[float | Tensor],
     betas: tuple[float, float],
     eps: float,
-    maximize: bool = False,
     keys: tuple[Key, Key] | None = None,
 ) -> None:
     """What the op ``adam_directions_`` does with one of its tensors, in PyTorch; see :func:`adam_directions_`.
 
-    M / (1 - b1^t) and sqrt(V / (1 - b2^t)) are products with float32 numbers.
+    `bias` is s1, s2 in U = s1 M / (s2 sqrt(V) + eps), numbers or, for each row of R, tensors in R's dtype.
     """
     beta1, beta2 = betas
-    if isinstance(age, Tensor):
-        t = age[..., None].double()
-        first, second = (1 / (1 - beta1**t)).to(r.dtype), (1 / (1 - beta2**t).sqrt()).to(r.dtype)
-        first = first if maximize else -first
-    else:
-        first, second = corrections([age], beta1, beta2, maximize)
     stack = (r, m, v) if r.ndim == 3 else (r[None], m[None], v[None])
     members, rows, columns = stack[0].shape
     step = max(1, _BLOCK // max(1, columns))
     for j in range(members):
         for start in range(0, rows, step):
             s = slice(start, start + step)
-            g, mean, square = (x[j, s] for x in stack)
-            s1, s2 = ((x[j, s] if x.ndim == 3 else x[s]) if isinstance(x, Tensor) else x for x in (first, second))
-            wide = [mean.to(r.dtype), square.to(r.dtype)]
-            wide[0].mul_(beta1).add_(g * (1 - beta1))
-            wide[1].mul_(beta2).add_(g * g * (1 - beta2))
-            torch.div(wide[0] * s1, _root(wide[1]).mul_(s2).add_(eps), out=g)
-            for i, (kept, value) in enumerate(zip((mean, square), wide, strict=True)):
+            g, *moments = (x[j, s] for x in stack)
+            first, second = (x.view(members, rows, 1)[j, s] if isinstance(x, Tensor) else x for x in bias)
+            mean, square = (x.to(r.dtype) for x in moments)
+            mean.mul_(beta1).add_(g * (1 - beta1))
+            square.mul_(beta2).add_(g * g * (1 - beta2))
+            torch.div(mean * first, _root(square).mul_(second).add_(eps), out=g)
+            for i, (kept, value) in enumerate(zip(moments, (mean, square), strict=True)):
                 if kept.dtype in (torch.bfloat16, torch.float16) and r.dtype == torch.float32:
                     assert keys is not None
                     stochastic_round_(kept, value, keys[i], (j * rows + start) * columns)
@@ -246,25 +252,52 @@ if COMPILED:
         torch._check(len(rs) == len(exp_avgs) == len(exp_avg_sqs))
 
 
-def check(device: str) -> Iterator[tuple[str, bool]]:
-    """Compares the compiled op with its reference: what was compared, and whether it agrees."""
+def samples(device: str) -> Iterator[Sample]:
+    """What the compiled op is compared with its reference by."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(3, 1000), (2, 5, 129)]
+    lists = {
+        "": [(3, 1000), (2, 5, 129), (0, 7), (1, 1)],
+        " of one": [(257, 67)],
+        " of none": [],
+    }
     for dtype in _MOMENTS:
         for by_row in (False, True):
-            made = [
-                [x.to(device) for x in (torch.randn(s, generator=generator), torch.zeros(s, dtype=dtype))]
-                for s in shapes
-            ]
-            keys = [(counter_key(0, i), counter_key(1, i)) for i in range(len(shapes))]
-            ages: list[float | Tensor] = [7.0 for _ in shapes]
-            if by_row:
-                ages = [torch.arange(1, 1 + math.prod(s[:-1]), dtype=torch.int32).view(s[:-1]).to(device) for s in shapes]
-            ours = [[r.clone(), m.clone(), m.clone()] for r, m in made]
-            adam_directions_(*zip(*ours, strict=True), ages, betas=(0.9, 0.999), eps=1e-8, keys=keys)
-            same = True
-            for (r, m), own, age, pair in zip(made, ours, ages, keys, strict=True):
-                expected = [r.clone(), m.clone(), m.clone()]
-                adam_directions_reference_(*expected, age, (0.9, 0.999), 1e-8, keys=pair)
-                same &= all(torch.equal(x, y) for x, y in zip(own, expected, strict=True))
-            yield f"adam_directions_ {dtype}{', ages by row' if by_row else ''}", same
+            for what, shapes in lists.items():
+                rs = [torch.randn(s, generator=generator).to(device) for s in shapes]
+                ms = [(torch.randn(s, generator=generator) * 0.1).to(device, dtype) for s in shapes]
+                vs = [torch.rand(s, generator=generator).to(device, dtype) for s in shapes]
+                ages = [
+                    torch.randint(1, 300, s[:-1], generator=generator, dtype=torch.int32).to(device) for s in shapes
+                ]
+                biases = corrections([float(3 + i) for i in range(len(shapes))], 0.9, 0.999, False)
+                yield Sample(
+                    "adam_directions_",
+                    f"{dtype}{', ages by row' if by_row else ''}{what}",
+                    (
+                        *(rs, ms, vs, ages if by_row else [], [] if by_row else biases),
+                        [counter_key(0, i) for i in range(2 * len(rs))],
+                        [n for i in range(len(rs)) for n in (i, 50 if i % 2 else 2**62, 70)],
+                        *(0.9, 0.999, 1e-8, by_row),
+                    ),
+                    _reference,
+                )
+
+
+def _reference(
+    rs: list[Tensor],
+    ms: list[Tensor],
+    vs: list[Tensor],
+    ages: list[Tensor],
+    biases: list[float],
+    words: list[int],
+    places: list[int],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    maximize: bool,
+) -> None:
+    for i, (r, m, v) in enumerate(zip(rs, ms, vs, strict=True)):
+        place = Place(*places[3 * i : 3 * i + 3])
+        keys = PartKey(words[2 * i], place), PartKey(words[2 * i + 1], place)
+        bias = _row_corrections(ages[i], beta1, beta2, maximize, r.dtype) if ages else biases[2 * i : 2 * i + 2]
+        adam_direction_reference_(r, m, v, bias, (beta1, beta2), eps, keys)
