@@ -254,9 +254,7 @@ class FRUGAL(ProjectedOptimizer):
         """The share of a chosen matrix that is selected."""
         if group["density"] == 0:
             return 0.0
-        projection = self._projection(group)
-        view = projection.view(tuple(p.shape), group["batch_dims"])
-        return projection.rank_of(view.d, view.k) / view.d
+        return _share(self._projection(group), tuple(p.shape), group["batch_dims"])
 
     def _report_clamped(self, group: Group) -> None:
         if group["projection"] != "blocks":
@@ -434,6 +432,13 @@ def _as_stored(view: MatrixView, q: Tensor, r: Tensor, u: Tensor, s: slice) -> t
     if view.transposed:
         return u.mT[s], q.mT, r.mT[s] @ q.mT
     return q[s], u, q[s] @ r
+
+
+@lru_cache(maxsize=4096)
+def _share(projection: Projection, shape: tuple[int, ...], batch_dims: int) -> float:
+    """The share of a matrix that a projection selects."""
+    view = projection.view(shape, batch_dims)
+    return projection.rank_of(view.d, view.k) / view.d
 
 
 @lru_cache(maxsize=1024)
