@@ -81,4 +81,78 @@ inline bool check_directions(const std::vector<torch::stable::Tensor>& rs,
   return low;
 }
 
+enum class SplitMoments { GIVEN, FLOAT32, BFLOAT16 };
+
+// What decides which version of the split step runs.
+struct SplitKind {
+  torch::headeronly::ScalarType weight;
+  bool low, random;
+  SplitMoments moments;
+};
+
+inline SplitKind check_split(const std::vector<torch::stable::Tensor>& ps,
+                             const std::vector<torch::stable::Tensor>& grads,
+                             const std::vector<torch::stable::Tensor>& indices,
+                             const std::vector<torch::stable::Tensor>& exp_avgs,
+                             const std::vector<torch::stable::Tensor>& exp_avg_sqs,
+                             const std::vector<torch::stable::Tensor>& lows, const std::vector<int64_t>& shapes,
+                             const std::vector<double>& biases, const std::vector<int64_t>& keys,
+                             const std::vector<int64_t>& places, const std::vector<int64_t>& moment_keys,
+                             const std::vector<int64_t>& moment_places, bool columns, int64_t outer) {
+  using torch::headeronly::ScalarType;
+  constexpr const char* op = "split_";
+  const size_t count = ps.size();
+  STD_TORCH_CHECK(grads.size() == count && indices.size() == count && exp_avgs.size() == count &&
+                      (exp_avg_sqs.empty() || exp_avg_sqs.size() == count) &&
+                      (lows.empty() || lows.size() == count) && shapes.size() == 3 * count,
+                  op, ": lists of ", count, " tensors, and three numbers of a shape for each, needed");
+  STD_TORCH_CHECK(outer >= 0 && outer <= 2, op, ": outer must be 0, 1 or 2, got ", outer);
+  STD_TORCH_CHECK(exp_avg_sqs.empty() || biases.size() == 2 * count, op, ": two corrections for each matrix needed");
+  STD_TORCH_CHECK(keys.empty() || keys.size() == count, op, ": a key for each of ", count, " matrices needed");
+  SplitKind kind{ps[0].scalar_type(), !lows.empty(), !keys.empty(), SplitMoments::GIVEN};
+  STD_TORCH_CHECK(kind.weight == ScalarType::Float || kind.weight == ScalarType::BFloat16 ||
+                      kind.weight == ScalarType::Half,
+                  op, ": weights must be float32, bfloat16 or float16");
+  STD_TORCH_CHECK(!(kind.low && kind.random) && (kind.weight != ScalarType::Float || !(kind.low || kind.random)), op,
+                  ": weights in float32 have neither keys nor lows, others have one of them at most");
+  if (kind.random) check_places(op, places, count);
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t members = shapes[3 * i], rows = shapes[3 * i + 1], width = shapes[3 * i + 2];
+    const int64_t kept = indices[i].numel() * (columns ? rows : width);
+    for (const torch::stable::Tensor* x : {&ps[i], &grads[i]}) {
+      STD_TORCH_CHECK(x->scalar_type() == kind.weight && x->is_contiguous() && on_one_device(*x, ps[0]) &&
+                          members >= 0 && rows >= 0 && width >= 0 && x->numel() == members * rows * width,
+                      op, ": weights and gradients must be contiguous, of one dtype, on one device and of the shape given");
+    }
+    STD_TORCH_CHECK(indices[i].scalar_type() == ScalarType::Int && indices[i].is_contiguous() &&
+                        on_one_device(indices[i], ps[0]),
+                    op, ": indices must be int32, contiguous and on the device of the weights");
+    STD_TORCH_CHECK(members == 0 || (indices[i].numel() % members == 0 &&
+                                     indices[i].numel() / members <= (columns ? width : rows)),
+                    op, ": as many indices for each matrix needed, and no more than it has rows or columns");
+    STD_TORCH_CHECK(on_one_device(exp_avgs[i], ps[0]), op, ": all tensors must be on one device");
+    if (kind.low) {
+      STD_TORCH_CHECK(lows[i].scalar_type() == ScalarType::Short && lows[i].is_contiguous() &&
+                          lows[i].numel() == ps[i].numel() && on_one_device(lows[i], ps[0]),
+                      op, ": lows must be int16, contiguous and of the shape of the weights");
+    }
+    if (exp_avg_sqs.empty()) {
+      STD_TORCH_CHECK(exp_avgs[i].scalar_type() == ScalarType::Float && exp_avgs[i].is_contiguous() &&
+                          exp_avgs[i].numel() == kept,
+                      op, ": directions must be float32 and contiguous, with a row for each index");
+      continue;
+    }
+    STD_TORCH_CHECK(on_one_device(exp_avg_sqs[i], ps[0]), op, ": all tensors must be on one device");
+    const auto own = check_moments(op, exp_avgs[i], exp_avg_sqs[i], kept) ? SplitMoments::BFLOAT16
+                                                                         : SplitMoments::FLOAT32;
+    STD_TORCH_CHECK(i == 0 || own == kind.moments, op, ": all moments must have one dtype");
+    kind.moments = own;
+  }
+  if (kind.moments == SplitMoments::BFLOAT16) {
+    STD_TORCH_CHECK(moment_keys.size() == 2 * count, op, ": two keys for the moments of each matrix needed");
+    check_places(op, moment_places, count);
+  }
+  return kind;
+}
+
 }  // namespace slimstate

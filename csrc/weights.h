@@ -1,4 +1,4 @@
-// How weights of each format are read into float32 arithmetic and written back, as projections/_rounding.py states it:
+// How weights of each format are read into float32 arithmetic and written back, as csrc/python/ops/weights.py states it:
 // to nearest, stochastically, or with what rounding took away kept beside them ("low", 16 bits).
 #pragma once
 #include "rounding.h"

@@ -376,8 +376,10 @@ class FRUGAL(ProjectedOptimizer):
     ) -> None:
         lr = group["lr"]
         rs = [r for (r,) in reduced]
+        if group["outer"] != "none" and not isinstance(projection, Coordinates):
+            rs = [r.clone() for r in rs]  # what lies outside is found by R
         us = directions(matrices, rs, group, [x.age for x in matrices])
-        for x, r, u in zip(matrices, rs, us, strict=True):
+        for x, (r,), u in zip(matrices, reduced, us, strict=True):
             basis, how = x.state[projection.key], rounding(x, group)
             decay, step = 1 - lr * group["weight_decay"], lr * group["scale"]
             if group["outer"] == "none":

@@ -3,10 +3,10 @@
 
 import torch
 
-from . import directions, rounding
+from . import directions, rounding, split
 from ._compiled import DEVICES
 
-MODULES = (rounding, directions)
+MODULES = (rounding, directions, split)
 
 
 def main() -> int:

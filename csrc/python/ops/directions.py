@@ -38,7 +38,7 @@ def adam_directions_(
     R in float32 with both moments in float32 or bfloat16 is one pass over contiguous memory where the op is compiled.
 
     Args:
-        rs: R (r, k) or (b, r, k) of each, float32 or float64; overwritten.
+        rs: R (r,), (r, k) or (b, r, k) of each, float32 or float64; overwritten.
         exp_avgs: M of each, of R's shape and any floating dtype. Where that is bfloat16 or float16 and R float32, it is
             rounded stochastically.
         exp_avg_sqs: V of each, likewise.
@@ -65,9 +65,9 @@ def adam_directions_(
     for r, m, v, age in zip(rs, exp_avgs, exp_avg_sqs, ages, strict=True):
         if r.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"R must be float32 or float64, got {r.dtype}")
-        if not r.shape == m.shape == v.shape or r.ndim not in (2, 3):
+        if not r.shape == m.shape == v.shape or not 1 <= r.ndim <= 3:
             shapes = f"{tuple(r.shape)}, {tuple(m.shape)} and {tuple(v.shape)}"
-            raise ValueError(f"R and its moments must have one shape (r, k) or (b, r, k), got {shapes}")
+            raise ValueError(f"R and its moments must have one shape (r,), (r, k) or (b, r, k), got {shapes}")
         if isinstance(age, Tensor) and age.ndim and (age.shape != r.shape[:-1] or age.dtype != torch.int32):
             raise ValueError(f"ages must be int32 of shape {tuple(r.shape[:-1])}, got {age.dtype}, {tuple(age.shape)}")
         if not keys and r.dtype == torch.float32 and {m.dtype, v.dtype} & {torch.bfloat16, torch.float16}:
@@ -163,7 +163,7 @@ def _row_corrections(
 
 def _root(x: Tensor) -> Tensor:
     # Through float64: what torch calls for float32 on the CPU, MKL's, is off by a unit in the last place at times.
-    return x.double().sqrt_().to(x.dtype) if x.device.type == "cpu" else x.sqrt()
+    return x.double().sqrt_().float() if x.dtype == torch.float32 and x.device.type == "cpu" else x.sqrt()
 
 
 def _word(key: Key) -> int:
@@ -213,7 +213,8 @@ def adam_direction_reference_(
     `bias` is s1, s2 in U = s1 M / (s2 sqrt(V) + eps), numbers or, for each row of R, tensors in R's dtype.
     """
     beta1, beta2 = betas
-    stack = (r, m, v) if r.ndim == 3 else (r[None], m[None], v[None])
+    stack = [x[:, None] if x.ndim == 1 else x for x in (r, m, v)]
+    stack = [x if x.ndim == 3 else x[None] for x in stack]
     members, rows, columns = stack[0].shape
     step = max(1, _BLOCK // max(1, columns))
     for j in range(members):
@@ -258,7 +259,6 @@ def samples(device: str) -> Iterator[Sample]:
     lists = {
         "": [(3, 1000), (2, 5, 129), (0, 7), (1, 1)],
         " of one": [(257, 67)],
-        " of none": [],
     }
     for dtype in _MOMENTS:
         for by_row in (False, True):
