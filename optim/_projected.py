@@ -38,6 +38,7 @@ __all__ = [
     "due",
     "rotate_",
     "tasks_of",
+    "view_of",
 ]
 
 DEFAULT_RANK = 0.25  # of the smaller side: about what GaLore takes, 128 of 512 to 1024 of 4096
@@ -593,12 +594,13 @@ def _usable(largest: float) -> bool:
 
 
 def _matrix(x: Entry, projection: Projection, group: Group) -> Matrix:
-    view = _view(projection, tuple(x.p.shape), group["batch_dims"]) if x.part is None else x.part.here
+    view = view_of(projection, tuple(x.p.shape), group["batch_dims"]) if x.part is None else x.part.here
     return Matrix(x.param, x.part, x.p, x.gradient, x.state, x.step, x.draw, view)
 
 
 @lru_cache(maxsize=4096)
-def _view(projection: Projection, shape: tuple[int, ...], batch_dims: int) -> MatrixView:
+def view_of(projection: Projection, shape: tuple[int, ...], batch_dims: int) -> MatrixView:
+    """`projection.view`, remembered; not for code that is traced."""
     return projection.view(shape, batch_dims)
 
 

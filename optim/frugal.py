@@ -23,7 +23,7 @@ from slimstate.projections._numbers import addmm_
 from ._adam import check_adam, is_number, rounding, weight_spec
 from ._base import Entry, Group, Spec, State, refuse
 from ._loading import misfit
-from ._projected import Matrix, ProjectedOptimizer
+from ._projected import Matrix, ProjectedOptimizer, view_of
 from ._rules import RULES, directions, rule_spec, whole_step_
 from ._sharding import Part
 
@@ -254,7 +254,9 @@ class FRUGAL(ProjectedOptimizer):
         """The share of a chosen matrix that is selected."""
         if group["density"] == 0:
             return 0.0
-        return _share(self._projection(group), tuple(p.shape), group["batch_dims"])
+        projection = self._projection(group)
+        view = view_of(projection, tuple(p.shape), group["batch_dims"])
+        return projection.rank_of(view.d, view.k) / view.d
 
     def _report_clamped(self, group: Group) -> None:
         if group["projection"] != "blocks":
@@ -434,13 +436,6 @@ def _as_stored(view: MatrixView, q: Tensor, r: Tensor, u: Tensor, s: slice) -> t
     if view.transposed:
         return u.mT[s], q.mT, r.mT[s] @ q.mT
     return q[s], u, q[s] @ r
-
-
-@lru_cache(maxsize=4096)
-def _share(projection: Projection, shape: tuple[int, ...], batch_dims: int) -> float:
-    """The share of a matrix that a projection selects."""
-    view = projection.view(shape, batch_dims)
-    return projection.rank_of(view.d, view.k) / view.d
 
 
 @lru_cache(maxsize=1024)
