@@ -25,6 +25,12 @@ constexpr int64_t TILE_ROWS = 16;          // a line of memory of float32
 constexpr int64_t TILE_COLUMNS = 512;      // what is gathered of a tile stays in the first cache
 constexpr int64_t ROW_COLUMNS = 1 << 13;   // of a tile of one row
 
+#if defined(__GNUC__)
+#define SLIMSTATE_PREFETCH(pointer) __builtin_prefetch(pointer)
+#else
+#define SLIMSTATE_PREFETCH(pointer)
+#endif
+
 // All of a call that is the same for its matrices.
 struct Settings {
   slimstate::SplitNumbers numbers;
@@ -65,33 +71,59 @@ SLIMSTATE_CLONES void outer_run(void* weights, int16_t* low, const void* gradien
   }
 }
 
-// Weight, gradient and moments of what is kept, each together in memory.
-template <typename Weight, typename Moment>
-SLIMSTATE_CLONES void inner_run(void* weights, int16_t* low, const void* gradients, void* moments, void* squares,
-                                int64_t count, Settings settings, slimstate::Bias bias, Draw draw, Key first,
-                                Key second, uint64_t index) {
-  using Bits = typename Weight::Bits;
-  auto* w = static_cast<Bits*>(weights);
-  const auto* g = static_cast<const Bits*>(gradients);
-  auto* m = static_cast<typename Moment::Bits*>(moments);
-  auto* v = static_cast<typename Moment::Bits*>(squares);
-  for (int64_t i = 0; i < count; ++i) {
-    float u;
-    if constexpr (Moment::given) {
-      u = m[i];
-    } else {
-      float mean = Moment::widen(m[i]), square = Moment::widen(v[i]);
-      u = slimstate::adam_direction(settings.adam, bias, Weight::widen(g[i], 0), mean, square);
-      const uint64_t place = index + static_cast<uint64_t>(i);
-      m[i] = Moment::narrow(mean, Moment::random ? slimstate::random_bits(first, place) : 0);
-      v[i] = Moment::narrow(square, Moment::random ? slimstate::random_bits(second, place) : 0);
+// What is kept: `lines` of `length` elements, together in memory in W and G, `pitch` apart in the moments. Line j begins
+// at element index[j] of the whole weight and places[j] of the whole moments, where random bits go by them.
+struct Lines {
+  int64_t lines, length, pitch;
+  const uint64_t *index, *places;
+  uint64_t step;  // of the index, from element to element
+};
+
+// Of everything that the loop reads, copies: no store can change them.
+template <typename Weight, typename Moment, int64_t fixed>
+inline __attribute__((always_inline)) void inner_loop(typename Weight::Bits* __restrict w, int16_t* __restrict low,
+                                                      const typename Weight::Bits* __restrict g,
+                                                      typename Moment::Bits* __restrict m,
+                                                      typename Moment::Bits* __restrict v, const Lines& lines,
+                                                      slimstate::SplitNumbers numbers, slimstate::Adam adam,
+                                                      slimstate::Bias bias, Key key, Key first, Key second) {
+  const int64_t length = fixed > 0 ? fixed : lines.length;
+  for (int64_t j = 0; j < lines.lines; ++j) {
+    const uint64_t index = Weight::random ? lines.index[j] : 0, place = Moment::random ? lines.places[j] : 0;
+    const uint64_t step = lines.step;
+    for (int64_t i = 0; i < length; ++i) {
+      const auto t = static_cast<uint64_t>(i);
+      float u;
+      if constexpr (Moment::given) {
+        u = m[i];
+      } else {
+        float mean = Moment::widen(m[i]), square = Moment::widen(v[i]);
+        u = slimstate::adam_direction(adam, bias, Weight::widen(g[i], 0), mean, square);
+        m[i] = Moment::narrow(mean, Moment::random ? slimstate::random_bits(first, place + t) : 0);
+        v[i] = Moment::narrow(square, Moment::random ? slimstate::random_bits(second, place + t) : 0);
+      }
+      int16_t rest = Weight::low ? low[i] : 0;
+      const float x = slimstate::inner_step(numbers, Weight::widen(w[i], rest), u);
+      w[i] = Weight::narrow(x, Weight::random ? slimstate::random_bits(key, index + t * step) : 0, rest);
+      if (Weight::low) low[i] = rest;
     }
-    int16_t rest = Weight::low ? low[i] : 0;
-    const float x = slimstate::inner_step(settings.numbers, Weight::widen(w[i], rest), u);
-    const uint32_t random =
-        Weight::random ? slimstate::random_bits(draw.key, draw.index + static_cast<uint64_t>(i) * draw.step) : 0;
-    w[i] = Weight::narrow(x, random, rest);
-    if (Weight::low) low[i] = rest;
+    w += length;
+    g += length;
+    m += lines.pitch;
+    if (!Moment::given) v += lines.pitch;
+    if (Weight::low) low += length;
+  }
+}
+
+template <typename Weight, typename Moment>
+SLIMSTATE_CLONES void inner_run(typename Weight::Bits* w, int16_t* low, const typename Weight::Bits* g,
+                                typename Moment::Bits* m, typename Moment::Bits* v, const Lines& lines,
+                                const Settings& all, const Matrix& x) {
+  if (lines.length == TILE_ROWS) {
+    inner_loop<Weight, Moment, TILE_ROWS>(w, low, g, m, v, lines, all.numbers, all.adam, x.bias, x.key, x.first,
+                                          x.second);
+  } else {
+    inner_loop<Weight, Moment, 0>(w, low, g, m, v, lines, all.numbers, all.adam, x.bias, x.key, x.first, x.second);
   }
 }
 
@@ -121,6 +153,7 @@ struct Step {
   const OuterRun outer;  // null where nothing happens outside
   std::unique_ptr<Bits[]> w, g;
   std::unique_ptr<int16_t[]> low;
+  std::unique_ptr<uint64_t[]> index, places;
   int64_t room = 0;
 
   explicit Step(const Settings& all, OuterRun run) : settings(all), outer(run) {}
@@ -140,18 +173,17 @@ struct Step {
     }
   }
 
-  // What is kept, `count` elements together in memory: `at` in the moments, and from `index` on in the whole weight.
-  void inside(const Matrix& x, Bits* w, int16_t* low, const Bits* g, int64_t at, int64_t count, uint64_t index,
-              uint64_t step) const {
+  // `count` elements that are kept, together in memory: `at` in the moments, `index` in the whole weight.
+  void inside(const Matrix& x, Bits* w, int16_t* low, const Bits* g, int64_t at, int64_t count, uint64_t index) const {
     auto* m = static_cast<MomentBits*>(x.m) + at;
     auto* v = Moment::given ? nullptr : static_cast<MomentBits*>(x.v) + at;
-    const Draw draw{x.key, index, step};
     if constexpr (!Moment::random) {
-      inner_run<Weight, Moment>(w, low, g, m, v, count, settings, x.bias, draw, {}, {}, 0);
+      inner_run<Weight, Moment>(w, low, g, m, v, {1, count, 0, &index, nullptr, 1}, settings, x);
     } else {
       slimstate::stretches(x.moments, static_cast<uint64_t>(at), count, [&](int64_t i, int64_t own, uint64_t place) {
-        inner_run<Weight, Moment>(w + i, rest(low, i), g + i, m + i, v + i, own, settings, x.bias,
-                                  {x.key, index + static_cast<uint64_t>(i) * step, step}, x.first, x.second, place);
+        const uint64_t begin = index + static_cast<uint64_t>(i);
+        inner_run<Weight, Moment>(w + i, rest(low, i), g + i, m + i, v + i, {1, own, 0, &begin, &place, 1}, settings,
+                                  x);
       });
     }
   }
@@ -169,10 +201,10 @@ struct Step {
       auto* w = static_cast<Bits*>(x.w) + at;
       const auto* g = static_cast<const Bits*>(x.g) + at;
       if constexpr (!Weight::random) {
-        inside(x, w, rest(x.low, at), g, moments, count, 0, 1);
+        inside(x, w, rest(x.low, at), g, moments, count, 0);
       } else {
         slimstate::stretches(x.place, static_cast<uint64_t>(at), count, [&](int64_t i, int64_t own, uint64_t place) {
-          inside(x, w + i, nullptr, g + i, moments + i, own, place, 1);
+          inside(x, w + i, nullptr, g + i, moments + i, own, place);
         });
       }
       row = end;
@@ -189,11 +221,20 @@ struct Step {
       w.reset(new Bits[room]);
       g.reset(new Bits[room]);
       if (Weight::low) low.reset(new int16_t[room]);
+      if (Weight::random) index.reset(new uint64_t[room]);
+      if (Moment::random) places.reset(new uint64_t[room]);
     }
     const int64_t first = (job.member * x.rows + job.row) * x.columns;
     auto* weights = static_cast<Bits*>(x.w) + first;
     const auto* gradients = static_cast<const Bits*>(x.g) + first;
     int16_t* lows = rest(x.low, first);
+    const int64_t moments = (job.member * x.kept + (from - all)) * x.rows + job.row;
+    auto* m = static_cast<MomentBits*>(x.m) + moments;
+    auto* v = Moment::given ? nullptr : static_cast<MomentBits*>(x.v) + moments;
+    for (int64_t j = 0; j < kept && height > 1; ++j) {  // too far apart for the processor to see what comes next
+      SLIMSTATE_PREFETCH(m + j * x.rows);
+      if (!Moment::given) SLIMSTATE_PREFETCH(v + j * x.rows);
+    }
     for (int64_t t = 0; t < height; ++t) {
       const int64_t row = t * x.columns;
       for (int64_t j = 0; j < kept; ++j) w[j * height + t] = weights[row + from[j]];
@@ -204,17 +245,20 @@ struct Step {
         for (int64_t j = 0; j < kept; ++j) low[j * height + t] = lows[row + from[j]];
       }
     }
-    const int64_t moments = (job.member * x.kept + (from - all)) * x.rows + job.row;
     if (x.rows == 1 && !Weight::random) {  // entries, and their moments, lie together
-      inside(x, w.get(), rest(low.get(), 0), g.get(), moments, kept, 0, 1);
+      inside(x, w.get(), rest(low.get(), 0), g.get(), moments, kept, 0);
     } else {
-      for (int64_t j = 0; j < kept; ++j) {
-        const auto at = static_cast<uint64_t>(first + from[j]);
-        const uint64_t index = x.place.index(at);
-        const uint64_t step = height < 2 ? 0 : x.place.index(at + static_cast<uint64_t>(x.columns)) - index;
-        inside(x, w.get() + j * height, rest(low.get(), j * height), g.get() + j * height, moments + j * x.rows, height,
-               index, step);
+      uint64_t step = 0;
+      if (Weight::random) {
+        for (int64_t j = 0; j < kept; ++j) index[j] = x.place.index(static_cast<uint64_t>(first + from[j]));
+        const auto below = static_cast<uint64_t>(first + x.columns + (kept > 0 ? from[0] : 0));
+        if (height > 1 && kept > 0) step = x.place.index(below) - index[0];
       }
+      if (Moment::random) {
+        for (int64_t j = 0; j < kept; ++j) places[j] = x.moments.index(static_cast<uint64_t>(moments + j * x.rows));
+      }
+      inner_run<Weight, Moment>(w.get(), rest(low.get(), 0), g.get(), m, v,
+                                {kept, height, x.rows, index.get(), places.get(), step}, settings, x);
     }
     for (int64_t t = 0; t < height; ++t) {
       const int64_t row = t * x.columns;

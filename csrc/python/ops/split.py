@@ -83,12 +83,13 @@ def takes_split(x: Split) -> bool:
         and (x.second is None or x.first.dtype in _MOMENTS)
         and all(y.is_contiguous() for y in tensors)
         and _evenly_spaced(_place(x.rounding.key), x.shape[2])
+        and (x.keys is None or _evenly_spaced(_place(x.keys[0]), x.shape[1]))
     )
 
 
-def _evenly_spaced(place: Place, columns: int) -> bool:
-    """Whether a column's elements are, in the whole weight, between ends of a part's rows."""
-    return columns == 0 or place.width % columns == 0 or columns % place.width == 0 or place == WHOLE
+def _evenly_spaced(place: Place, length: int) -> bool:
+    """Whether the rows of a part begin where those of this length do, or several make up one of these."""
+    return length == 0 or place.width % length == 0 or length % place.width == 0 or place == WHOLE
 
 
 def split_(xs: Sequence[Split], rule: SplitRule) -> None:
@@ -104,25 +105,27 @@ def split_(xs: Sequence[Split], rule: SplitRule) -> None:
     own place in the weight, and in the moments.
 
     Args:
-        xs: the matrices; all of one dtype, of moments too.
+        xs: the matrices.
         rule: what is done.
 
     Raises:
-        ValueError: for an outer rule that is unknown, lists that mix dtypes, or memory that is not contiguous.
+        ValueError: for an outer rule that is unknown.
     """
     if rule.outer not in OUTER:
         raise ValueError(f"outer must be one of {', '.join(OUTER)}, got {rule.outer!r}")
-    if not xs:
-        return
-    if len(kinds := {(x.p.dtype, x.second is None, x.first.dtype, *_rounded(x)) for x in xs}) > 1:
-        raise ValueError(f"all matrices must be of one kind, got {len(kinds)}")
+    lists: dict[tuple[object, ...], list[Split]] = {}
     for x in xs:
-        if not (x.p.is_contiguous() and x.grad.is_contiguous() and x.first.is_contiguous()):
-            raise ValueError("weights, gradients and moments must be contiguous")
-    if not all(takes_split(x) for x in xs):
-        for x in xs:
+        if not takes_split(x):
             _one_reference_(x, rule)
-        return
+        else:
+            kind = (x.p.device, x.p.dtype, x.first.dtype, x.second is None, *_rounded(x))
+            lists.setdefault(kind, []).append(x)
+    for some in lists.values():
+        _split_(some, rule)
+
+
+def _split_(xs: list[Split], rule: SplitRule) -> None:
+    """The compiled op, on matrices of one kind."""
     random, compensated = _rounded(xs[0])
     adam = xs[0].second is not None
     moment_keys = [x.keys for x in xs if x.keys is not None] if adam and xs[0].first.dtype == torch.bfloat16 else []
@@ -328,7 +331,7 @@ def samples(device: str) -> Iterator[Sample]:
                 [counter_key(0, i) for i in range(count)] if random else [],
                 [n for i, (s, _) in enumerate(matrices) for n in (3, max(1, s[2]) * (1 + i), 5000)] if random else [],
                 [counter_key(1, i) for i in range(2 * count)] if coarse else [],
-                [n for i in range(count) for n in (i, 11, 70)] if coarse else [],
+                [n for i, (s, _) in enumerate(matrices) for n in (i, s[1] * (1 + i), 5000)] if coarse else [],
                 *(columns, OUTER.index(outer), 0.99, 0.01, 0.02, 0.9, 0.999, 1e-8),
             )
             rounded = f"{dtype} {how}".strip()
