@@ -144,11 +144,11 @@ class Coordinates(IndexProjection):
         if self.axis == "columns":
             w.index_copy_(1, index.long(), rows.mT[s])
             return
-        w = w.view(-1, rows.shape[1])  # of entries, and of rows
-        first = s.start * (w.shape[0] // (s.stop - s.start))
-        own = torch.arange(first, first + len(w), dtype=index.dtype, device=index.device)
+        each = w.shape[1] if self.axis == "entries" else 1  # of the indices, in a row of W
+        own = torch.arange(s.start * each, s.stop * each, dtype=index.dtype, device=index.device)
         place = torch.searchsorted(index, own).clamp_(max=len(index) - 1)
-        w.copy_(torch.where((index[place] == own)[:, None], rows[place], w))
+        here = (index[place] == own).view(len(w), -1)
+        w.copy_(torch.where(here, rows[place].view(w.shape), w))
 
     def write_back_(
         self,

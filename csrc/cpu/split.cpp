@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -20,10 +21,11 @@ using torch::stable::Tensor;
 
 namespace {
 
-constexpr int64_t JOB = 1 << 15;           // elements of W
-constexpr int64_t TILE_ROWS = 16;          // a line of memory of float32
-constexpr int64_t TILE_COLUMNS = 512;      // what is gathered of a tile stays in the first cache
-constexpr int64_t ROW_COLUMNS = 1 << 13;   // of a tile of one row
+constexpr int64_t JOB = 1 << 15;          // elements of W
+constexpr int64_t TILE_ROWS = 64;         // a few lines of memory in each column of the moments
+constexpr int64_t TILE_COLUMNS = 512;     // a tile, and what is gathered of it, stay in the second cache
+constexpr int64_t ROW_COLUMNS = 1 << 13;  // of a tile of one row
+constexpr int64_t GROUP = 4;              // rows that are gathered together
 
 #if defined(__GNUC__)
 #define SLIMSTATE_PREFETCH(pointer) __builtin_prefetch(pointer)
@@ -138,6 +140,36 @@ struct BFloat16 : slimstate::BFloat16Moment {
   static constexpr bool given = false;
 };
 
+// Element t of line j, `height` elements long, is that in row t and column index[j]; of one row, or of GROUP of them.
+template <typename T>
+void gather(T* lines, const T* rows, int64_t columns, int64_t count, const int32_t* index, int64_t kept,
+            int64_t height) {
+  if (count == 1) {
+    for (int64_t j = 0; j < kept; ++j) lines[j * height] = rows[index[j]];
+    return;
+  }
+  for (int64_t j = 0; j < kept; ++j) {
+    const T* at = rows + index[j];
+    const T values[GROUP] = {at[0], at[columns], at[2 * columns], at[3 * columns]};
+    memcpy(lines + j * height, values, sizeof values);
+  }
+}
+
+template <typename T>
+void scatter(const T* lines, T* rows, int64_t columns, int64_t count, const int32_t* index, int64_t kept,
+             int64_t height) {
+  if (count == 1) {
+    for (int64_t j = 0; j < kept; ++j) rows[index[j]] = lines[j * height];
+    return;
+  }
+  for (int64_t j = 0; j < kept; ++j) {
+    T* at = rows + index[j];
+    T values[GROUP];
+    memcpy(values, lines + j * height, sizeof values);
+    for (int64_t t = 0; t < GROUP; ++t) at[t * columns] = values[t];
+  }
+}
+
 // Rows [rows, rows_end) and columns [columns, columns_end) of one member of a matrix.
 struct Job {
   int64_t matrix, member, row, rows_end, column, columns_end;
@@ -232,18 +264,18 @@ struct Step {
     auto* m = static_cast<MomentBits*>(x.m) + moments;
     auto* v = Moment::given ? nullptr : static_cast<MomentBits*>(x.v) + moments;
     for (int64_t j = 0; j < kept && height > 1; ++j) {  // too far apart for the processor to see what comes next
-      SLIMSTATE_PREFETCH(m + j * x.rows);
-      if (!Moment::given) SLIMSTATE_PREFETCH(v + j * x.rows);
+      for (int64_t t = 0; t < height; t += 64 / static_cast<int64_t>(sizeof(MomentBits))) {
+        SLIMSTATE_PREFETCH(m + j * x.rows + t);
+        if (!Moment::given) SLIMSTATE_PREFETCH(v + j * x.rows + t);
+      }
     }
-    for (int64_t t = 0; t < height; ++t) {
+    for (int64_t t = 0, own; t < height; t += own) {  // what is outside follows while these rows are close
       const int64_t row = t * x.columns;
-      for (int64_t j = 0; j < kept; ++j) w[j * height + t] = weights[row + from[j]];
-      if (!Moment::given) {
-        for (int64_t j = 0; j < kept; ++j) g[j * height + t] = gradients[row + from[j]];
-      }
-      if (Weight::low) {
-        for (int64_t j = 0; j < kept; ++j) low[j * height + t] = lows[row + from[j]];
-      }
+      own = t + GROUP <= height ? GROUP : 1;
+      gather(w.get() + t, weights + row, x.columns, own, from, kept, height);
+      if (!Moment::given) gather(g.get() + t, gradients + row, x.columns, own, from, kept, height);
+      if (Weight::low) gather(low.get() + t, lows + row, x.columns, own, from, kept, height);
+      for (int64_t i = 0; i < own; ++i) outside(x, first + row + i * x.columns + job.column, width);
     }
     if (x.rows == 1 && !Weight::random) {  // entries, and their moments, lie together
       inside(x, w.get(), rest(low.get(), 0), g.get(), moments, kept, 0);
@@ -260,13 +292,11 @@ struct Step {
       inner_run<Weight, Moment>(w.get(), rest(low.get(), 0), g.get(), m, v,
                                 {kept, height, x.rows, index.get(), places.get(), step}, settings, x);
     }
-    for (int64_t t = 0; t < height; ++t) {
+    for (int64_t t = 0, own; t < height; t += own) {
       const int64_t row = t * x.columns;
-      outside(x, first + row + job.column, width);
-      for (int64_t j = 0; j < kept; ++j) weights[row + from[j]] = w[j * height + t];
-      if (Weight::low) {
-        for (int64_t j = 0; j < kept; ++j) lows[row + from[j]] = low[j * height + t];
-      }
+      own = t + GROUP <= height ? GROUP : 1;
+      scatter(w.get() + t, weights + row, x.columns, own, from, kept, height);
+      if (Weight::low) scatter(low.get() + t, lows + row, x.columns, own, from, kept, height);
     }
   }
 };
