@@ -294,16 +294,16 @@ class FRUGAL(ProjectedOptimizer):
 
     # State.
 
-    def _moments_spec(self, p: Tensor, group: Group, shape: tuple[int, ...]) -> Spec:
-        return rule_spec(p, group, shape)
+    def _moments_spec(self, p: Tensor, group: Group) -> Spec:
+        return rule_spec(p, group, self._moment_shape(p, group), self._layout(p, group))
 
     def _spec(self, p: Tensor, group: Group) -> Spec:
         if not self._is_chosen(p, group) or self._is_projected(p, group):
             return super()._spec(p, group)
         spec = weight_spec(p, group)
         if group["projection"] == "blocks":
-            return rule_spec(p, group, tuple(p.shape)) | {"age": ((), torch.int32)} | spec
-        return spec if group["density"] == 0 else rule_spec(p, group, tuple(p.shape)) | spec
+            return self._moments_spec(p, group) | {"age": ((), torch.int32)} | spec
+        return spec if group["density"] == 0 else self._moments_spec(p, group) | spec
 
     def _held(self, p: Tensor, group: Group) -> Spec:
         spec, passing = super()._held(p, group), self._passing(p, group)
@@ -316,7 +316,7 @@ class FRUGAL(ProjectedOptimizer):
 
     def _passing(self, p: Tensor, group: Group) -> frozenset[str]:
         if self._is_chosen(p, group) and group["projection"] == "blocks":
-            return frozenset(rule_spec(p, group, ()))
+            return frozenset(self._moments_spec(p, group))
         return frozenset()
 
     def _check_state(self, name: str, p: Tensor, group: Group, state: State) -> None:
@@ -335,7 +335,7 @@ class FRUGAL(ProjectedOptimizer):
         for place, p in enumerate(tensors):
             if p not in present:
                 continue
-            state, moments = self.state[p], rule_spec(p, group, tuple(p.shape))
+            state, moments = self.state[p], self._moments_spec(p, group)
             step = int(state["step"])
             if not self._has_turn(place, len(tensors), group, step):
                 for key in moments:
@@ -360,7 +360,7 @@ class FRUGAL(ProjectedOptimizer):
 
     @torch.compiler.disable  # which tensors have moments changes, and would be compiled anew each time
     def _step_in_turns_(self, entries: list[Entry], group: Group) -> None:
-        selected = [x for x in entries if rule_spec(x.param, group, ()).keys() <= x.state.keys()]
+        selected = [x for x in entries if self._moments_spec(x.param, group).keys() <= x.state.keys()]
         whole_step_(selected, group, scale=group["scale"], aged=True)
         outer_steps_([x for x in entries if x not in selected], group)
 
@@ -376,20 +376,23 @@ class FRUGAL(ProjectedOptimizer):
     def _step_group(self, group: Group, entries: Arranged) -> None:
         """Coordinates take one pass over weights and gradients, all matrices together, where nothing has to be known
         of R before."""
+        splits: list[Split] = []
         left: list[tuple[list[Matrix], Projection]] = []
         for some, projection in entries.matrices:
-            splits = {x: self._split(x, group, projection) for x in some}
-            if isinstance(projection, Coordinates):
-                split_([x for x in splits.values() if x is not None], _rule(group, projection))
-            if others := [x for x, split in splits.items() if split is None]:
+            others = []
+            for x in some:
+                split = None
+                if x.reduced is None and group["inner"] == "adamw" and isinstance(projection, Coordinates):
+                    split = split_of(x, group, projection, x.state["exp_avg"], x.state["exp_avg_sq"])
+                if split is None:
+                    others.append(x)
+                else:
+                    splits.append(split)
+            if others:
                 left.append((others, projection))
+        if splits:
+            split_(splits, _rule(group))
         super()._step_group(group, entries._replace(matrices=left))
-
-    def _split(self, x: Matrix, group: Group, projection: Projection) -> Split | None:
-        """A matrix whose Adam takes R as it is found; None where that is done in steps."""
-        if group["inner"] != "adamw" or x.reduced is not None or not isinstance(projection, Coordinates):
-            return None
-        return split_of(x, group, projection, x.state["exp_avg"], x.state["exp_avg_sq"])
 
     def _update(
         self, matrices: list[Matrix], reduced: list[tuple[Tensor, ...]], group: Group, projection: Projection
@@ -404,7 +407,7 @@ class FRUGAL(ProjectedOptimizer):
             decay, step = 1 - lr * group["weight_decay"], lr * group["scale"]
             if isinstance(projection, Coordinates):
                 if (split := split_of(x, group, projection, u)) is not None:
-                    split_([split], _rule(group, projection))
+                    split_([split], _rule(group))
                 else:
                     rows = projection.take(x.p, x.view, basis, how.low).mul_(decay).add_(u.mul_(step))
                     projection.rewrite_(x.p, x.view, basis, rows, _outside(x, group), how)
@@ -436,11 +439,11 @@ def split_of(
     return split if takes_split(split) else None
 
 
-def _rule(group: Group, projection: Coordinates | None) -> SplitRule:
-    """What a split step does; without a projection nothing is kept."""
+def _rule(group: Group) -> SplitRule:
+    """What a split step does."""
     step = group["lr"] * group["scale"]
     return SplitRule(
-        columns=projection is not None and projection.axis != "rows",
+        columns=group["projection"] in ("columns", "entries"),
         outer=group["outer"],
         decay=1 - group["lr"] * group["weight_decay"],
         step=step,
@@ -464,7 +467,7 @@ def outer_steps_(entries: list[Entry], group: Group) -> None:
         elif (edit := _outside(x, group)) is not None:
             rewrite_(x.p, view, edit, compute_dtype(x.p.dtype), how)
     if splits:
-        split_(splits, _rule(group, None))
+        split_(splits, _rule(group))
 
 
 def _plain(x: Entry, group: Group) -> MatrixView:

@@ -9,6 +9,7 @@ reference and fuses it, which an opaque op would prevent.
 """
 
 from ._compiled import COMPILED, DEVICES
+from .codes import decode, encode_
 from .directions import adam_direction_reference_, adam_directions_
 from .keys import WHOLE, Key, PartKey, Place, counter_key
 from .rounding import stochastic_round_, stochastic_round_reference_
@@ -26,6 +27,8 @@ __all__ = [
     "adam_direction_reference_",
     "adam_directions_",
     "counter_key",
+    "decode",
+    "encode_",
     "split_",
     "stochastic_round_",
     "stochastic_round_reference_",

@@ -6,14 +6,16 @@ This one list serves ``python -m slimstate.ops``, the tests of all ops at once (
 and those of the CUDA kernels where no GPU is at hand. An op without a sample fails a test.
 """
 
-from collections.abc import Callable
+import pkgutil
+from collections.abc import Callable, Iterator
 from copy import deepcopy
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Sample"]
+__all__ = ["Sample", "all_samples"]
 
 
 class Sample(NamedTuple):
@@ -34,6 +36,9 @@ class Sample(NamedTuple):
     reference: Callable[..., Any]
     tolerance: float = 0.0
 
+    def __str__(self) -> str:
+        return f"{self.op} {self.what}".strip()
+
     def agrees(self, namespace: Any = torch.ops.slimstate) -> bool:
         """Whether the op and its reference return and write the same."""
         mine, theirs = deepcopy(self.arguments), deepcopy(self.arguments)
@@ -41,6 +46,15 @@ class Sample(NamedTuple):
         expected = [self.reference(*theirs), theirs]
         pairs = zip(_tensors(results), _tensors(expected), strict=True)
         return all(_same(a, b, self.tolerance) for a, b in pairs)
+
+
+def all_samples(device: str) -> Iterator[Sample]:
+    """The samples of all modules of this package."""
+    package = __package__ or ""
+    for module in pkgutil.iter_modules(import_module(package).__path__):
+        if not module.name.startswith("_"):
+            samples = getattr(import_module(f"{package}.{module.name}"), "samples", None)
+            yield from samples(device) if samples is not None else ()
 
 
 def _tensors(values: Any) -> list[Tensor]:

@@ -157,7 +157,9 @@ def samples(device: str) -> Iterator[Sample]:
         ):
             arguments = (out[start:stop], x[start:stop], key, offset, *place)
             yield Sample("stochastic_round_", f"{dtype}{what}", arguments, _reference)
+        keyed = (out[:500], x[:500], torch.tensor(key), offset, *WHOLE)
+        yield Sample("stochastic_round_keyed_", str(dtype), keyed, _reference)
 
 
-def _reference(out: Tensor, x: Tensor, key: int, offset: int, start: int, width: int, pitch: int) -> None:
-    stochastic_round_reference_(out, x, key, offset, Place(start, width, pitch))
+def _reference(out: Tensor, x: Tensor, key: int | Tensor, offset: int, start: int, width: int, pitch: int) -> None:
+    stochastic_round_reference_(out, x, int(key), offset, Place(start, width, pitch))

@@ -4,7 +4,7 @@
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ __all__ = ["OUTER", "Split", "SplitRule", "split_", "takes_split"]
 
 OUTER = ("sign", "sgd", "none")
 _MOMENTS = (torch.float32, torch.bfloat16)
+_WEIGHTS = (torch.float32, *LOW_PRECISION)
 
 
 class Split(NamedTuple):
@@ -73,17 +74,19 @@ class SplitRule:
 
 
 def takes_split(x: Split) -> bool:
-    """Whether the compiled op takes it."""
-    tensors = [x.p, x.grad, x.index, x.first]
-    tensors += [y for y in (x.second, x.rounding.low) if y is not None]
+    """Whether :func:`split_` takes it: whether the op is compiled for it, and its memory contiguous."""
+    p, low = x.p, x.rounding.low
     return (
-        x.p.device.type in DEVICES
-        and x.p.dtype in (torch.float32, *LOW_PRECISION)
-        and x.grad.dtype == x.p.dtype
-        and (x.second is None or x.first.dtype in _MOMENTS)
-        and all(y.is_contiguous() for y in tensors)
-        and _evenly_spaced(_place(x.rounding.key), x.shape[2])
-        and (x.keys is None or _evenly_spaced(_place(x.keys[0]), x.shape[1]))
+        p.device.type in DEVICES
+        and p.dtype in _WEIGHTS
+        and x.grad.dtype == p.dtype
+        and p.is_contiguous()
+        and x.grad.is_contiguous()
+        and x.first.is_contiguous()
+        and (x.second is None or (x.first.dtype in _MOMENTS and x.second.is_contiguous()))
+        and (low is None or low.is_contiguous())
+        and (not isinstance(x.rounding.key, PartKey) or _evenly_spaced(x.rounding.key.place, x.shape[2]))
+        and (x.keys is None or not isinstance(x.keys[0], PartKey) or _evenly_spaced(x.keys[0].place, x.shape[1]))
     )
 
 
@@ -105,23 +108,25 @@ def split_(xs: Sequence[Split], rule: SplitRule) -> None:
     own place in the weight, and in the moments.
 
     Args:
-        xs: the matrices.
+        xs: the matrices, such as :func:`takes_split` says.
         rule: what is done.
 
     Raises:
         ValueError: for an outer rule that is unknown.
+        RuntimeError: for what the compiled op does not take.
     """
     if rule.outer not in OUTER:
         raise ValueError(f"outer must be one of {', '.join(OUTER)}, got {rule.outer!r}")
-    lists: dict[tuple[object, ...], list[Split]] = {}
+    lists: dict[tuple[Any, ...], list[Split]] = {}
     for x in xs:
-        if not takes_split(x):
-            _one_reference_(x, rule)
+        kind = (x.p.device, x.p.dtype, x.first.dtype, x.second is None, *_rounded(x))
+        lists.setdefault(kind, []).append(x)
+    for (device, *_), some in lists.items():
+        if device.type in DEVICES:
+            _split_(some, rule)
         else:
-            kind = (x.p.device, x.p.dtype, x.first.dtype, x.second is None, *_rounded(x))
-            lists.setdefault(kind, []).append(x)
-    for some in lists.values():
-        _split_(some, rule)
+            for x in some:
+                _one_reference_(x, rule)
 
 
 def _split_(xs: list[Split], rule: SplitRule) -> None:
