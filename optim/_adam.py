@@ -1,6 +1,6 @@
 """Adam: its hyperparameters, its step for dense parameters, and its direction for projected gradients."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from slimstate.ops import Key, adam_directions_
 from slimstate.ops.codes import Layout
 from slimstate.projections._base import compute_dtype
 from slimstate.projections._blocks import blocks
@@ -15,18 +16,18 @@ from slimstate.projections._numbers import Number, lerp_, scalar
 from slimstate.projections._rounding import LOW_PRECISION, NEAREST, Rounding, narrow_, widen
 
 from ._base import Entry, Group, Spec
-from ._moments import MOMENT_DTYPES, WEIGHT, Moment, is_coded, moment_of, moment_spec
+from ._moments import EXP_AVG, EXP_AVG_SQ, MOMENT_DTYPES, WEIGHT, is_coded, moment_of, moment_spec
 
 __all__ = [
     "adam_directions",
     "adamw_step_",
-    "aged_direction_",
     "check_adam",
     "check_lr",
     "check_not_negative",
     "check_shared",
     "check_storage",
     "is_number",
+    "moment_keys",
     "moments_spec",
     "rounding",
     "take_",
@@ -261,7 +262,7 @@ def adam_directions(
     entries: Sequence[Entry],
     rs: list[Tensor],
     group: Group,
-    ages: list[Number],
+    ages: Sequence[Number],
     keys: tuple[str, str] = ("exp_avg", "exp_avg_sq"),
 ) -> list[Tensor]:
     r"""Takes projected gradients R into the moments of their parameters, and returns the directions in the subspaces:
@@ -272,66 +273,47 @@ def adam_directions(
 
     Args:
         entries: the parameters.
-        rs: R (r x k) of each, in the dtype of arithmetic.
+        rs: R (r x k) of each, or a stack of them, in the dtype of arithmetic; overwritten.
         group: the hyperparameters; `maximize` turns U around.
-        ages: t of each, the number of gradients in its moments, this one included.
+        ages: t of each, the number of gradients in its moments, this one included: a number, or int32 (r,) or (b, r)
+            where rows differ.
         keys: the names of M and V in the state; others than these must be in R's dtype.
 
     Returns:
-        U of each, of R's shape.
+        U of each, which takes the place of R.
     """
-    kept = [[moment_of(x, key) for x in entries] for key in keys]
-    m, v = wide = [[y.read(r.dtype) for y, r in zip(moments, rs, strict=True)] for moments in kept]
-    us = [torch.zeros_like(r) for r in rs]  # a weight of zero that takes one step of size 1 becomes the direction
-    _fused_(us, rs, m, v, ages, 1.0, 0.0, group)
-    for moments, values in zip(kept, wide, strict=True):
-        for moment, value in zip(moments, values, strict=True):
-            moment.write_(value)
-    return us
+    betas, eps, maximize = group["betas"], group["eps"], group["maximize"]
+    plain: list[int] = []
+    for i, (x, r) in enumerate(zip(entries, rs, strict=True)):
+        moments = [moment_of(x, key) for key in keys]
+        if not is_coded(moments):
+            plain.append(i)
+            continue
+        for s in blocks(r, -1, r.itemsize):  # of columns, since the blocks of codes go down them
+            parts = [moment.columns(s) for moment in moments]
+            m, v = (part.read(r.dtype) for part in parts)
+            adam_directions_([r[..., s]], [m], [v], [ages[i]], betas=betas, eps=eps, maximize=maximize)
+            for part, value in zip(parts, (m, v), strict=True):
+                part.write_(value)
+    first, second = ([entries[i].state[key] for i in plain] for key in keys)
+    adam_directions_(
+        [rs[i] for i in plain],
+        first,
+        second,
+        [ages[i] for i in plain],
+        betas=betas,
+        eps=eps,
+        maximize=maximize,
+        keys=moment_keys([entries[i] for i in plain], first),
+    )
+    return rs
 
 
-def aged_direction_(x: Entry, r: Tensor, group: Group, ages: Tensor) -> Tensor:
-    r"""As `adam_directions`, for one parameter whose moments differ in age from row to row; U takes the place of R.
-
-    Row i is corrected by its own :math:`1-\beta^{t_i}`, which no fused kernel does.
-
-    Args:
-        x: the parameter.
-        r: R (r x k) or a stack of them, in the dtype of arithmetic; overwritten.
-        group: the hyperparameters; `maximize` turns U around.
-        ages: t of each row (r,) or (b, r), at least 1, this step included.
-
-    Returns:
-        U, of R's shape.
-    """
-    beta1, beta2 = group["betas"]
-    t = ages.unsqueeze(-1).double()
-    bias1, bias2 = ((1 - beta**t).to(r.dtype) for beta in (beta1, beta2))
-    if not group["maximize"]:
-        bias1.neg_()
-    moments = [moment_of(x, key) for key in ("exp_avg", "exp_avg_sq")]
-    for g, first, second, parts in _pieces(r, bias1, bias2, moments):
-        m, v = (part.read(r.dtype) for part in parts)
-        take_(m, v, g, beta1, beta2)
-        root = (v / second).sqrt_().add_(group["eps"])
-        torch.div(m, first, out=g).div_(root)
-        for part, value in zip(parts, (m, v), strict=True):
-            part.write_(value)
-    return r
-
-
-def _pieces(
-    r: Tensor, bias1: Tensor, bias2: Tensor, moments: list[Moment]
-) -> Iterator[tuple[Tensor, Tensor, Tensor, list[Moment]]]:
-    """Blocks of R and what goes with them: of columns for codes, whose blocks go down them, and else of rows."""
-    if is_coded(moments):
-        for s in blocks(r, -1, r.itemsize):
-            yield r[..., s], bias1, bias2, [moment.columns(s) for moment in moments]
-        return
-    rows, bias1, bias2 = (y.flatten(0, -2) for y in (r, bias1, bias2))
-    moments = [moment._replace(kept=moment.kept.flatten(0, -2)) for moment in moments]
-    for s in blocks(rows, 0, r.itemsize):
-        yield rows[s], bias1[s], bias2[s], [moment.rows(s) for moment in moments]
+def moment_keys(entries: Sequence[Entry], moments: list[Tensor]) -> list[tuple[Key, Key]]:
+    """What the random bits of moments go by, for a list of which any are rounded."""
+    if all(moment.dtype in (torch.float32, torch.float64) for moment in moments):
+        return []
+    return [(x.key(EXP_AVG), x.key(EXP_AVG_SQ)) for x in entries]
 
 
 def take_(m: Tensor, v: Tensor, g: Tensor, beta1: Number, beta2: Number) -> None:
