@@ -13,7 +13,7 @@ EXACT = ["AdamW8bit", "FRUGAL, columns, 8-bit moments"]  # nothing that is round
 
 @pytest.mark.parametrize("name", EXACT)
 def test_shards_train_as_the_whole_bit_for_bit(name):
-    for worst in world(2).run(sharded.equal_to_one_process, name, 0, torch.float32, 10):
+    for worst in world(2).run(sharded.equal_to_one_process, name, 0, torch.float32, 10, coded.SHAPES):
         assert worst == (0, 0)
 
 
@@ -34,7 +34,7 @@ def test_fewer_or_more_processes_have_the_codes_that_were_saved_and_go_on_bit_fo
 def test_blocks_that_processes_cut_are_refused_with_what_to_use():
     message = (
         "moment_dtype='8bit' keeps moments in blocks along rows, which processes divide of a parameter of shape "
-        "(64, 300), Shard(dim=1): use moment_dtype='bfloat16' for it, or shard dim 0 (shard_placement_fn of "
+        "(64, 300), S(1): use moment_dtype='bfloat16' for it, or shard dim 0 (shard_placement_fn of "
         "fully_shard)"
     )
     for built, added, stepped, held in world(2).run(coded.refused):

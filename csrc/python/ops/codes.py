@@ -9,7 +9,6 @@ from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 __all__ = [
     "BLOCK",
@@ -162,24 +161,25 @@ def _(codes: Tensor, scale: Tensor, signed: bool, layout: str, dtype: torch.dtyp
 
 def encode_reference_(codes: Tensor, scale: Tensor, x: Tensor, *, signed: bool, layout: Layout) -> None:
     """What :func:`encode_` computes, in PyTorch."""
-    outer, length, inner = _runs(codes.shape, layout)
-    blocks = _in_blocks(x.to(torch.float32).reshape(outer, length, inner))
-    largest = blocks.abs().amax(2, keepdim=True)
-    scale.copy_(largest.view(scale.shape))
-    found = _nearest(blocks / torch.where(largest == 0, 1, largest), signed)
-    codes.copy_(found.flatten(1, 2)[:, :length].reshape(codes.shape))
+    runs = _runs(codes.shape, layout)
+    wide, found = x.to(torch.float32).reshape(runs), torch.empty(runs, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(runs[0], _count(runs[1]), runs[2], device=x.device)
+    for blocks, into, largest in zip(_blocks(wide), _blocks(found), _scales(scales, runs[1]), strict=True):
+        torch.amax(blocks.abs(), 2, keepdim=True, out=largest)
+        into.copy_(_nearest(blocks / torch.where(largest == 0, 1, largest), signed))
+    codes.copy_(found.view(codes.shape))
+    scale.copy_(scales.view(scale.shape))
 
 
 def decode_reference(codes: Tensor, scale: Tensor, *, signed: bool, layout: Layout) -> Tensor:
     """What :func:`decode` computes, in float32, in PyTorch."""
-    outer, length, inner = _runs(codes.shape, layout)
-    if not codes.numel():
-        return torch.empty(codes.shape, device=codes.device)
+    runs = _runs(codes.shape, layout)
     values = _tables(signed, codes.device).values
-    wide = values.index_select(0, codes.reshape(-1).to(torch.int32))
-    blocks = _in_blocks(wide.view(outer, length, inner))
-    wide = blocks.mul_(scale.reshape(outer, -1, 1, inner)).flatten(1, 2)[:, :length]
-    return wide.reshape(codes.shape).contiguous()
+    wide = values.index_select(0, codes.reshape(-1).to(torch.int32)).view(runs)
+    scales = scale.reshape(runs[0], _count(runs[1]), runs[2])
+    for blocks, largest in zip(_blocks(wide), _scales(scales, runs[1]), strict=True):
+        blocks.mul_(largest)
+    return wide.view(codes.shape)
 
 
 def _nearest(x: Tensor, signed: bool) -> Tensor:
@@ -201,11 +201,16 @@ def _runs(shape: Sequence[int], layout: Layout) -> tuple[int, int, int]:
     return (1, shape[0], 1) if len(shape) == 1 else (shape[0], math.prod(shape[1:]), 1)
 
 
-def _in_blocks(x: Tensor) -> Tensor:
-    """(outer, length, inner) as (outer, blocks, 256, inner), filled up with zeros."""
-    if rest := -x.shape[1] % BLOCK:
-        x = pad(x, (0, 0, 0, rest))
-    return x.reshape(x.shape[0], -1, BLOCK, x.shape[2])
+def _blocks(x: Tensor) -> list[Tensor]:
+    """(outer, length, inner) as (outer, blocks, 256, inner), and the shorter ones that may be left over: views."""
+    whole = x.shape[1] // BLOCK * BLOCK
+    return [x[:, :whole].unflatten(1, (-1, BLOCK)), x[:, None, whole:]][: 1 + (whole < x.shape[1])][not whole :]
+
+
+def _scales(scales: Tensor, length: int) -> list[Tensor]:
+    """(outer, blocks, inner) as what goes with `_blocks`: views."""
+    whole = length // BLOCK
+    return [scales[:, :whole, None], scales[:, whole:, None]][: 1 + (whole * BLOCK < length)][not whole :]
 
 
 def _check(codes: Tensor, scale: Tensor, layout: Layout, x: Tensor | None = None) -> None:
