@@ -9,6 +9,8 @@ STABLE_TORCH_LIBRARY(slimstate, m) {
   m.def(
       "stochastic_round_(Tensor(a!) out, Tensor x, SymInt key, SymInt offset, SymInt start, SymInt width, "
       "SymInt pitch) -> ()");
+  m.def("encode_(Tensor(a!) codes, Tensor(b!) scale, Tensor x, bool signed, bool columns) -> ()");
+  m.def("decode_(Tensor(a!) x, Tensor codes, Tensor scale, bool signed, bool columns) -> ()");
 }
 
 #ifdef USE_CUDA
