@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "checks.h"
+#include "adamw.h"
 #include "cpu/clones.h"
 
 #if defined(SLIMSTATE_LEVELS) && (defined(__AVX2__) || !defined(SLIMSTATE_NATIVE))
