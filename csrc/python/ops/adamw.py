@@ -170,14 +170,22 @@ def _(
 ) -> None:
     """One node of a compiled graph; its numbers are on the CPU, so that nothing waits for a device."""
     xs = _listed(
-        (ps, grads, exp_avgs, exp_avg_sqs, scales, lows), [x.item() for x in ages], [int(x) for x in words], places, stochastic
+        (ps, grads, exp_avgs, exp_avg_sqs, scales, lows),
+        [x.item() for x in ages],
+        [int(x) for x in words],
+        places,
+        stochastic,
     )
     betas = (beta1.item(), beta2.item())
     adamw_step_(xs, lr=lr.item(), betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
 
 
 def _listed(
-    tensors: tuple[list[Tensor], ...], ages: Sequence[float], words: Sequence[int], places: Sequence[int], stochastic: bool
+    tensors: tuple[list[Tensor], ...],
+    ages: Sequence[float],
+    words: Sequence[int],
+    places: Sequence[int],
+    stochastic: bool,
 ) -> list[Dense]:
     """The parameters that the op's arguments describe."""
     ps, grads, exp_avgs, exp_avg_sqs, scales, lows = tensors

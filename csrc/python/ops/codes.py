@@ -5,7 +5,7 @@ https://arxiv.org/abs/2110.02861"""
 import math
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -120,6 +120,9 @@ def encode_(codes: Tensor, scale: Tensor, x: Tensor, *, signed: bool, layout: La
         ValueError: shapes or devices do not belong together, or the layout is none of these.
     """
     _check(codes, scale, layout, x)
+    if torch.compiler.is_compiling():
+        torch.ops.slimstate.encode_whole_(codes, scale, x, signed, layout)
+        return
     if not codes.numel():
         scale.zero_()
         return
@@ -151,12 +154,32 @@ def decode(codes: Tensor, scale: Tensor, *, signed: bool, layout: Layout, dtype:
         ValueError: shapes or devices do not belong together, or the layout is none of these.
     """
     _check(codes, scale, layout)
+    if torch.compiler.is_compiling():
+        return torch.ops.slimstate.decode_whole(codes, scale, signed, layout, dtype)
     if codes.device.type not in DEVICES:
         return decode_reference(codes, scale, signed=signed, layout=layout).to(dtype)
     x = torch.empty(codes.shape, device=codes.device)
     if x.numel():
         torch.ops.slimstate.decode_(x, codes.contiguous(), scale.contiguous(), signed, layout == "columns")
     return x.to(dtype)
+
+
+# One node of a compiled graph each: tables are made once, which a trace would do in every step.
+
+
+@torch.library.custom_op("slimstate::encode_whole_", mutates_args=("codes", "scale"))
+def _(codes: Tensor, scale: Tensor, x: Tensor, signed: bool, layout: str) -> None:
+    encode_(codes, scale, x, signed=signed, layout=cast(Layout, layout))
+
+
+@torch.library.custom_op("slimstate::decode_whole", mutates_args=())
+def _decode_whole(codes: Tensor, scale: Tensor, signed: bool, layout: str, dtype: torch.dtype) -> Tensor:
+    return decode(codes, scale, signed=signed, layout=cast(Layout, layout), dtype=dtype)
+
+
+@_decode_whole.register_fake
+def _(codes: Tensor, scale: Tensor, signed: bool, layout: str, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty(codes.shape, dtype=dtype)
 
 
 def encode_reference_(codes: Tensor, scale: Tensor, x: Tensor, *, signed: bool, layout: Layout) -> None:
@@ -178,7 +201,7 @@ def decode_reference(codes: Tensor, scale: Tensor, *, signed: bool, layout: Layo
     wide = values.index_select(0, codes.reshape(-1).to(torch.int32))
     blocks = _in_blocks(wide.view(outer, length, inner))
     wide = blocks.mul_(scale.reshape(outer, -1, 1, inner)).flatten(1, 2)[:, :length]
-    return wide.reshape(codes.shape)
+    return wide.reshape(codes.shape).contiguous()
 
 
 def _nearest(x: Tensor, signed: bool) -> Tensor:
@@ -267,6 +290,16 @@ def samples(device: str) -> Iterator[Sample]:
                 own = [z.to(device) for z in (torch.zeros(shape), codes, torch.rand(scale.shape, generator=generator))]
                 yield Sample("decode_", what, (*own, signed, layout == "columns"), _decode_reference_)
 
+    codes, scale, x = (
+        torch.zeros(300, 5, dtype=torch.uint8),
+        torch.zeros(2, 5),
+        torch.randn(300, 5, generator=generator),
+    )
+    own = [z.to(device) for z in (codes, scale, x)]
+    yield Sample("encode_whole_", "", (*own, True, "columns"), _encode_whole_reference_)
+    decoded = (*own[:2], True, "columns", torch.bfloat16)
+    yield Sample("decode_whole", "", decoded, _decode_whole_reference)
+
 
 def _filled(x: Tensor, width: int) -> Tensor:
     return pad(x, (0, -len(x) % width)).view(-1, width)
@@ -278,3 +311,11 @@ def _encode_reference_(codes: Tensor, scale: Tensor, x: Tensor, signed: bool, co
 
 def _decode_reference_(x: Tensor, codes: Tensor, scale: Tensor, signed: bool, columns: bool) -> None:
     x.copy_(decode_reference(codes, scale, signed=signed, layout="columns" if columns else "rows"))
+
+
+def _encode_whole_reference_(codes: Tensor, scale: Tensor, x: Tensor, signed: bool, layout: Layout) -> None:
+    encode_reference_(codes, scale, x, signed=signed, layout=layout)
+
+
+def _decode_whole_reference(codes: Tensor, scale: Tensor, signed: bool, layout: Layout, dtype: torch.dtype) -> Tensor:
+    return decode_reference(codes, scale, signed=signed, layout=layout).to(dtype)
