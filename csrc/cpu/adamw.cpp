@@ -36,9 +36,12 @@ SLIMSTATE_CLONES void widen(float* x, const typename Kept::Bits* kept, const int
 template <typename Kept>
 SLIMSTATE_CLONES void narrow(typename Kept::Bits* kept, int16_t* low, const float* x, int64_t n, Key key,
                              uint64_t index) {
+  const uint64_t high = index >> 32 << 32;  // the same for all, so that the loop counts in 32 bits
+  const auto low_index = static_cast<uint32_t>(index);
   for (int64_t i = 0; i < n; ++i) {
     int16_t rest = 0;
-    kept[i] = Kept::narrow(x[i], Kept::random ? slimstate::random_bits(key, index + static_cast<uint64_t>(i)) : 0, rest);
+    const uint64_t own = high | (low_index + static_cast<uint32_t>(i));
+    kept[i] = Kept::narrow(x[i], Kept::random ? slimstate::random_bits(key, own) : 0, rest);
     if constexpr (Kept::low) low[i] = rest;
   }
 }
@@ -65,7 +68,12 @@ class Numbers {
       auto* kept = static_cast<typename Kept::Bits*>(kept_);
       if constexpr (Kept::random) {
         slimstate::stretches(place, static_cast<uint64_t>(begin_), n_, [&](int64_t at, int64_t own, uint64_t index) {
-          narrow<Kept>(kept + at, nullptr, wide_ + at, own, key, index);
+          const auto first = std::min<int64_t>(own, (int64_t{1} << 32) - static_cast<uint32_t>(index));
+          narrow<Kept>(kept + at, nullptr, wide_ + at, first, key, index);
+          if (first < own) {
+            narrow<Kept>(kept + at + first, nullptr, wide_ + at + first, own - first, key,
+                         index + static_cast<uint64_t>(first));
+          }
         });
       } else if constexpr (!std::is_same_v<typename Kept::Bits, float>) {
         narrow<Kept>(kept, low_, wide_, n_, key, 0);

@@ -97,9 +97,9 @@ def encode_(codes: Tensor, scale: Tensor, x: Tensor, *, signed: bool, layout: La
     .. math:: \mathrm{scale} = s, \qquad \mathrm{code}_i = \text{the } c \text{ whose } v_c \text{ is nearest to }
         x_i / s,
 
-    the quotient rounded to float32, and the value of smaller magnitude half way between two (in float32, too). A block of zeros has
-    the scale 0 and the codes of the value 0. One number that is not finite makes the scale so, and leaves no number of
-    its block: decoded, all are NaN or infinite. Its codes are unspecified then.
+    the quotient rounded to float32, and the value of smaller magnitude half way between two (in float32, too). A block
+    of zeros has the scale 0 and the codes of the value 0. One number that is not finite makes the scale so, and leaves
+    no number of its block: decoded, all are NaN or infinite. Its codes are unspecified then.
 
     Blocks are runs of 256 elements, the last of a run may be shorter:
 
