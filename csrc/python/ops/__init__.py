@@ -9,6 +9,7 @@ reference and fuses it, which an opaque op would prevent.
 """
 
 from ._compiled import COMPILED, DEVICES
+from .adamw import Dense, adamw_step_, takes_adamw
 from .codes import decode, encode_
 from .keys import WHOLE, Key, PartKey, Place, counter_key
 from .rounding import stochastic_round_, stochastic_round_reference_
@@ -17,12 +18,15 @@ __all__ = [
     "COMPILED",
     "DEVICES",
     "WHOLE",
+    "Dense",
     "Key",
     "PartKey",
     "Place",
+    "adamw_step_",
     "counter_key",
     "decode",
     "encode_",
     "stochastic_round_",
     "stochastic_round_reference_",
+    "takes_adamw",
 ]
