@@ -36,12 +36,11 @@ SLIMSTATE_CLONES void widen(float* x, const typename Kept::Bits* kept, const int
 template <typename Kept>
 SLIMSTATE_CLONES void narrow(typename Kept::Bits* kept, int16_t* low, const float* x, int64_t n, Key key,
                              uint64_t index) {
-  const uint64_t high = index >> 32 << 32;  // the same for all, so that the loop counts in 32 bits
-  const auto low_index = static_cast<uint32_t>(index);
+  const auto above = static_cast<uint32_t>(index >> 32), below = static_cast<uint32_t>(index);
   for (int64_t i = 0; i < n; ++i) {
     int16_t rest = 0;
-    const uint64_t own = high | (low_index + static_cast<uint32_t>(i));
-    kept[i] = Kept::narrow(x[i], Kept::random ? slimstate::random_bits(key, own) : 0, rest);
+    const uint32_t bits = Kept::random ? slimstate::random_bits(key, above, below + static_cast<uint32_t>(i)) : 0;
+    kept[i] = Kept::narrow(x[i], bits, rest);
     if constexpr (Kept::low) low[i] = rest;
   }
 }
@@ -100,21 +99,56 @@ void step(const Dense& x, const DenseKind& kind, const DenseNumbers& numbers, in
   v.store(x.second_key, x.place);
 }
 
-void step_coded(const Dense& x, const DenseKind& kind, const DenseNumbers& numbers, int64_t begin, int64_t n,
-                int64_t block) {
-  alignas(32) float m[code_block], v[code_block];
-  auto* first = static_cast<uint8_t*>(x.first) + begin;
-  auto* second = static_cast<uint8_t*>(x.second) + begin;
-  slimstate::decode_block(m, first, x.first_scale[block], n, true);
-  slimstate::decode_block(v, second, x.second_scale[block], n, false);
-  Numbers w(kind.weight, x.p, x.low, begin, n);
-  Numbers g(kind.grad, const_cast<void*>(x.grad), nullptr, begin, n);
-  update(w.wide(), g.wide(), m, v, n, numbers, x.bias);
-  w.store(x.weight_key, x.place);
-  x.first_scale[block] = slimstate::largest(m, n);
-  x.second_scale[block] = slimstate::largest(v, n);
-  slimstate::encode_block(first, m, x.first_scale[block], n, true);
-  slimstate::encode_block(second, v, x.second_scale[block], n, false);
+// The values of codes as M and V, stepped; returns the largest magnitude in each.
+struct Largest {
+  float first, second;
+};
+
+SLIMSTATE_CLONES Largest update_coded(float* w, const float* g, float* m, float* v, int64_t n, DenseNumbers numbers,
+                                      slimstate::Bias bias, float first_scale, float second_scale) {
+  uint32_t first = 0, second = 0;  // of magnitudes the bits are in the order of the numbers, and NaN is above them
+  for (int64_t i = 0; i < n; ++i) {
+    float mean = m[i] * first_scale, square = v[i] * second_scale;
+    w[i] = slimstate::adamw(numbers, bias, w[i], g[i], mean, square);
+    m[i] = mean;
+    v[i] = square;
+    first = std::max(first, slimstate::float_bits(mean) & 0x7fffffffU);
+    second = std::max(second, slimstate::float_bits(square) & 0x7fffffffU);
+  }
+  return {slimstate::bits_float(first), slimstate::bits_float(second)};
+}
+
+// Blocks [from, to) of codes; those of the next block are looked up while the last one's are found.
+void step_coded(const Dense& x, const DenseKind& kind, const DenseNumbers& numbers, int64_t from, int64_t to) {
+  alignas(32) float first[2][code_block], second[2][code_block];
+  const int64_t in_run = slimstate::blocks_of_run(x.length);
+  struct Piece {
+    int64_t begin, n;
+  };
+  const auto piece = [&](int64_t block) -> Piece {
+    const int64_t at = block % in_run * code_block;
+    return {block / in_run * x.length + at, std::min(code_block, x.length - at)};
+  };
+  const auto codes = [](void* moment, int64_t begin) { return static_cast<uint8_t*>(moment) + begin; };
+  Piece own = piece(from);
+  slimstate::look_up({first[from % 2], codes(x.first, own.begin), own.n}, true);
+  slimstate::look_up({second[from % 2], codes(x.second, own.begin), own.n}, false);
+  for (int64_t block = from; block < to; ++block) {
+    float *m = first[block % 2], *v = second[block % 2];
+    const Piece next = block + 1 < to ? piece(block + 1) : Piece{0, 0};
+    Numbers w(kind.weight, x.p, x.low, own.begin, own.n);
+    Numbers g(kind.grad, const_cast<void*>(x.grad), nullptr, own.begin, own.n);
+    const Largest scale = update_coded(w.wide(), g.wide(), m, v, own.n, numbers, x.bias, x.first_scale[block],
+                                       x.second_scale[block]);
+    w.store(x.weight_key, x.place);
+    x.first_scale[block] = scale.first;
+    x.second_scale[block] = scale.second;
+    slimstate::encode_block(codes(x.first, own.begin), m, scale.first, own.n, true,
+                            {first[(block + 1) % 2], codes(x.first, next.begin), next.n});
+    slimstate::encode_block(codes(x.second, own.begin), v, scale.second, own.n, false,
+                            {second[(block + 1) % 2], codes(x.second, next.begin), next.n});
+    own = next;
+  }
 }
 
 void adamw_step_(std::vector<Tensor> ps, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
@@ -138,12 +172,13 @@ void adamw_step_(std::vector<Tensor> ps, std::vector<Tensor> grads, std::vector<
   torch::stable::parallel_for(0, static_cast<int64_t>(jobs.size()), 1, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i) {
       const Dense& x = *jobs[i].x;
-      const int64_t in_run = slimstate::blocks_of_run(x.length);
+      if (list.kind.coded) {
+        step_coded(x, list.kind, numbers, jobs[i].begin, jobs[i].end);
+        continue;
+      }
       for (int64_t piece = jobs[i].begin; piece < jobs[i].end; ++piece) {
-        const int64_t at = piece % in_run * code_block, begin = piece / in_run * x.length + at;
-        const int64_t n = std::min(code_block, x.length - at);
-        if (list.kind.coded) step_coded(x, list.kind, numbers, begin, n, piece);
-        else step(x, list.kind, numbers, begin, n);
+        const int64_t begin = piece * code_block;
+        step(x, list.kind, numbers, begin, std::min(code_block, x.length - begin));
       }
     }
   });

@@ -31,6 +31,21 @@ void nearest_codes(uint8_t* codes, const float* x, const float* divisor, int64_t
   for (int64_t i = 0; i < n; ++i) codes[i] = nearest_code(x[i] / divisor[i * stride], maps[with_sign]);
 }
 
+// One by one: compilers make vectors of these, element by element, in twice the time.
+template <int64_t count>
+inline void look_up_some(float* x, const uint8_t* codes, const float* values) {
+#ifdef __GNUC__
+#pragma GCC unroll 16
+#endif
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits = float_bits(values[codes[i]]);
+#ifdef __GNUC__
+    asm("" : "+r"(bits));
+#endif
+    memcpy(x + i, &bits, sizeof bits);
+  }
+}
+
 #ifdef SLIMSTATE_AVX2
 
 // Positions among the magnitudes, 0 for 0, are linear within a decade: eight lines, in the order of magnitude, with
@@ -68,8 +83,9 @@ constexpr Lines all_lines[2] = {make_lines(false), make_lines(true)};
 
 // Codes of 32 numbers at a time. Where a position comes so close to the next one that rounding could tell, all 32 are
 // looked up instead.
-template <bool with_sign, bool each>
-AVX2_FUNCTION void encode_avx2(uint8_t* codes, const float* x, const float* divisor, int64_t n) {
+template <bool with_sign, bool each, bool ahead>
+AVX2_FUNCTION void encode_avx2(uint8_t* codes, const float* x, const float* divisor, int64_t n, const Lookup& next) {
+  const float* values = maps[with_sign].value;
   const Lines& lines = all_lines[with_sign];
   const __m256 above = _mm256_loadu_ps(lines.above), slope = _mm256_loadu_ps(lines.slope);
   const __m256 start = _mm256_loadu_ps(lines.start), ends = _mm256_set1_ps(2.248F);  // 8/9 of a decade's parts to 2
@@ -85,6 +101,7 @@ AVX2_FUNCTION void encode_avx2(uint8_t* codes, const float* x, const float* divi
     const __m256 higher = _mm256_cmp_ps(a, _mm256_permutevar8x32_ps(above, at), _CMP_GT_OQ);
     _mm256_store_ps(quotients + i, a);
     _mm256_store_si256(reinterpret_cast<__m256i*>(line + i), _mm256_sub_epi32(at, _mm256_castps_si256(higher)));
+    if constexpr (ahead) look_up_some<4>(next.x + i / 2, next.codes + i / 2, values);
   }
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   const __m256i zero = _mm256_set1_epi16(with_sign ? 127 : -1);
@@ -108,6 +125,7 @@ AVX2_FUNCTION void encode_avx2(uint8_t* codes, const float* x, const float* divi
     const __m256i high = _mm256_add_epi16(_mm256_packs_epi32(position[2], position[3]), zero);
     const __m256i packed = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i), packed);
+    if constexpr (ahead) look_up_some<16>(next.x + (n + i) / 2, next.codes + (n + i) / 2, values);
     const __m256i certain = _mm256_cmpeq_epi32(_mm256_max_epu32(rest, close), rest);
     if (_mm256_movemask_epi8(certain) != -1) {
       nearest_codes(codes + i, x + i, divisor + (each ? i : 0), each, 32, with_sign);
@@ -115,30 +133,33 @@ AVX2_FUNCTION void encode_avx2(uint8_t* codes, const float* x, const float* divi
   }
 }
 
-template <bool each>
-bool encode_wide(uint8_t* codes, const float* x, const float* divisor, int64_t n, bool with_sign) {
-#ifndef SLIMSTATE_NATIVE
-  static const bool here = __builtin_cpu_supports("x86-64-v3");
-  if (!here) return false;
-#endif
-  with_sign ? encode_avx2<true, each>(codes, x, divisor, n) : encode_avx2<false, each>(codes, x, divisor, n);
+// Whether the machine has it.
+bool has_avx2() {
+#ifdef SLIMSTATE_NATIVE
   return true;
-}
-
 #else
-
-template <bool each>
-bool encode_wide(uint8_t*, const float*, const float*, int64_t, bool) {
-  return false;
+  static const bool here = __builtin_cpu_supports("x86-64-v3");
+  return here;
+#endif
 }
 
 #endif
 
-template <bool each>
-void encode(uint8_t* codes, const float* x, const float* divisor, int64_t n, bool with_sign) {
-  const int64_t wide = n - n % 32;
-  const int64_t done = wide > 0 && encode_wide<each>(codes, x, divisor, wide, with_sign) ? wide : 0;
+template <bool with_sign, bool each>
+void encode(uint8_t* codes, const float* x, const float* divisor, int64_t n, const Lookup& next) {
+  int64_t done = 0;
+#ifdef SLIMSTATE_AVX2
+  if (has_avx2()) {
+    done = n - n % 32;
+    if (!each && n == code_block && next.n == code_block) {
+      encode_avx2<with_sign, false, true>(codes, x, divisor, n, next);
+      return;
+    }
+    encode_avx2<with_sign, each, false>(codes, x, divisor, done, {});
+  }
+#endif
   nearest_codes(codes + done, x + done, divisor + (each ? done : 0), each, n - done, with_sign);
+  look_up(next, with_sign);
 }
 
 }  // namespace
@@ -149,22 +170,20 @@ SLIMSTATE_CLONES float largest(const float* x, int64_t n) {
   return std::bit_cast<float>(most);
 }
 
-void decode_block(float* x, const uint8_t* codes, float scale, int64_t n, bool with_sign) {
+void look_up(const Lookup& block, bool with_sign) {
   const float* values = maps[with_sign].value;
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {  // faster than gathering
-    for (int64_t k = 0; k < 8; ++k) x[i + k] = values[codes[i + k]] * scale;
-  }
-  for (; i < n; ++i) x[i] = values[codes[i]] * scale;
+  for (; i + 16 <= block.n; i += 16) look_up_some<16>(block.x + i, block.codes + i, values);
+  for (; i < block.n; ++i) block.x[i] = values[block.codes[i]];
 }
 
-void encode_block(uint8_t* codes, const float* x, float scale, int64_t n, bool with_sign) {
+void encode_block(uint8_t* codes, const float* x, float scale, int64_t n, bool with_sign, const Lookup& next) {
   const float divisor = scale == 0 ? 1 : scale;
-  encode<false>(codes, x, &divisor, n, with_sign);
+  with_sign ? encode<true, false>(codes, x, &divisor, n, next) : encode<false, false>(codes, x, &divisor, n, next);
 }
 
 void encode_each(uint8_t* codes, const float* x, const float* divisor, int64_t n, bool with_sign) {
-  encode<true>(codes, x, divisor, n, with_sign);
+  with_sign ? encode<true, true>(codes, x, divisor, n, {}) : encode<false, true>(codes, x, divisor, n, {});
 }
 
 }  // namespace slimstate
@@ -179,6 +198,10 @@ SLIMSTATE_CLONES void larger_of_each(float* most, const float* x, int64_t n) {
     const uint32_t a = slimstate::float_bits(most[i]), b = slimstate::float_bits(x[i]) & 0x7fffffffU;
     most[i] = std::bit_cast<float>(std::max(a, b));
   }
+}
+
+SLIMSTATE_CLONES void times(float* x, float scale, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] *= scale;
 }
 
 SLIMSTATE_CLONES void times_each(float* x, const float* scale, int64_t n) {
@@ -232,12 +255,13 @@ void decode_(Tensor x, Tensor codes, Tensor scale, bool with_sign, bool columns)
   auto* target = static_cast<float*>(x.mutable_data_ptr());
   for_each_piece(runs, [&](int64_t first, int64_t rows, int64_t at, int64_t width) {
     if (runs.inner == 1) {
-      slimstate::decode_block(target + first, source + first, scales[at], rows, with_sign);
+      slimstate::look_up({target + first, source + first, rows}, with_sign);
+      times(target + first, scales[at], rows);
       return;
     }
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t row = first + i * runs.inner;
-      slimstate::decode_block(target + row, source + row, 1, width, with_sign);
+      slimstate::look_up({target + row, source + row, width}, with_sign);
       times_each(target + row, scales + at, width);
     }
   });
