@@ -7,6 +7,8 @@ STABLE_TORCH_LIBRARY(slimstate, m) {
   m.def(
       "stochastic_round_(Tensor(a!) out, Tensor x, SymInt key, SymInt offset, SymInt start, SymInt width, "
       "SymInt pitch) -> ()");
+  m.def("sign_residual_(Tensor(a!) w, Tensor g, Tensor product, Tensor limit, float beta, float step) -> ()");
+  m.def("scaled_residual_(Tensor(a!) w, Tensor g, Tensor factor, float beta) -> ()");
 }
 
 #ifdef USE_CUDA

@@ -10,6 +10,12 @@ reference and fuses it, which an opaque op would prevent.
 
 from ._compiled import COMPILED, DEVICES
 from .keys import WHOLE, Key, PartKey, Place, counter_key
+from .residual import (
+    scaled_residual_,
+    scaled_residual_reference_,
+    sign_residual_,
+    sign_residual_reference_,
+)
 from .rounding import stochastic_round_, stochastic_round_reference_
 
 __all__ = [
@@ -20,6 +26,10 @@ __all__ = [
     "PartKey",
     "Place",
     "counter_key",
+    "scaled_residual_",
+    "scaled_residual_reference_",
+    "sign_residual_",
+    "sign_residual_reference_",
     "stochastic_round_",
     "stochastic_round_reference_",
 ]

@@ -3,10 +3,10 @@
 
 import torch
 
-from . import rounding
+from . import residual, rounding
 from ._compiled import DEVICES
 
-CHECKED = (rounding,)
+CHECKED = (residual, rounding)
 
 
 def main() -> int:
