@@ -84,6 +84,23 @@ CASES |= {
         name: CASES[name] for name in ("AdamW", "GaLoreAdamW, svd, rotate", "FRUGAL, columns")
     }.items()
 }
+CASES |= {
+    "GaLoreAdamW, power, rotate, basis in 8 bits": (
+        GaLoreAdamW,
+        {"rank": 3, "update_proj_gap": 2, "projection": "power", "basis_dtype": "8bit"},
+        {},
+    ),
+    "FRUGAL, svd, basis in 8 bits": (
+        FRUGAL,
+        {"rank": 3, "update_proj_gap": 2, "projection": "svd", "basis_dtype": "8bit"},
+        {},
+    ),
+    "GradNormLoRP, svd, rotate, basis in 16 bits": (
+        GradNormLoRP,
+        {"rank": 3, "update_proj_gap": 2, "basis_dtype": "bfloat16"},
+        {},
+    ),
+}
 # One or more of each class, for what its variants have in common.
 FEW = ["AdamW", "AdamP", "SGDP", "GaLoreAdamW, svd, rotate", "GaLoreAdamW, power, keep", "GaLoreAdamW, random, reset"]
 FEW += ["GradNormLoRP, svd, rotate", "DCTAdamW, 8-bit errors", "FRUGAL, columns", "GaLoreAdafactor, beta1"]
