@@ -1,6 +1,6 @@
 """Adam: its hyperparameters, its step for dense parameters, and its direction for projected gradients."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from slimstate.ops import Key
+from slimstate.ops.codes import Layout
 from slimstate.projections._base import compute_dtype
 from slimstate.projections._blocks import blocks
 from slimstate.projections._numbers import Number, lerp_, scalar
 from slimstate.projections._rounding import LOW_PRECISION, NEAREST, Rounding, narrow_, widen
 
 from ._base import Entry, Group, Spec
+from ._moments import MOMENT_DTYPES, WEIGHT, Moment, is_coded, moment_of, moment_spec
 
 __all__ = [
     "adam_directions",
@@ -26,19 +27,13 @@ __all__ = [
     "check_shared",
     "check_storage",
     "is_number",
-    "moment_dtype",
     "moments_spec",
     "rounding",
-    "store_",
     "take_",
     "weight_spec",
 ]
 
-# Purposes of random bits: what is rounded. `_projected` goes on from here; `_base` counts them.
-WEIGHT, EXP_AVG, EXP_AVG_SQ = range(3)
-
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
-MOMENT_DTYPES = ("float32", "bfloat16", "param")
 
 
 def check_adam(group: Group) -> None:
@@ -109,21 +104,10 @@ def is_number(x: Any) -> bool:
     return isinstance(x, Real) and not isinstance(x, bool)
 
 
-def moment_dtype(p: Tensor, group: Group) -> torch.dtype:
-    """What moments are kept in: by default float32, and float64 for float64 parameters."""
-    match group["moment_dtype"]:
-        case None:
-            return compute_dtype(p.dtype)
-        case "param":
-            return p.dtype
-        case name:
-            return getattr(torch, name)
-
-
-def moments_spec(p: Tensor, group: Group, shape: tuple[int, ...]) -> Spec:
+def moments_spec(p: Tensor, group: Group, shape: tuple[int, ...], layout: Layout = "rows") -> Spec:
     """The two moments of something of this shape."""
-    dtype = moment_dtype(p, group)
-    return {"exp_avg": (shape, dtype), "exp_avg_sq": (shape, dtype)}
+    first, second = (moment_spec(key, p, group, shape, layout) for key in ("exp_avg", "exp_avg_sq"))
+    return first | second
 
 
 def weight_spec(p: Tensor, group: Group) -> Spec:
@@ -167,21 +151,18 @@ def adamw_step_(entries: list[Entry], group: Group, *, scale: float = 1.0, aged:
 
 def _step_in_blocks_(x: Entry, age: Number, lr: Number, weight_decay: float, group: Group) -> None:
     dtype, how = compute_dtype(x.p.dtype), rounding(x, group)
-    ps, grads, exp_avgs, exp_avg_sqs = map(torch.atleast_1d, (x.p, x.grad, x.state["exp_avg"], x.state["exp_avg_sq"]))
+    ps, grads = map(torch.atleast_1d, (x.p, x.grad))
+    moments = [moment_of(x, key) for key in ("exp_avg", "exp_avg_sq")]
     lows = None if how.low is None else torch.atleast_1d(how.low)
     for s in blocks(ps, 0, dtype.itemsize):
         low = None if lows is None else lows[s]
-        wide = (
-            widen(ps[s], low, dtype),
-            grads[s].to(dtype),
-            *(y[s].to(dtype, copy=True) for y in (exp_avgs, exp_avg_sqs)),
-        )
+        parts = [moment.rows(s) for moment in moments]
+        wide = (widen(ps[s], low, dtype), grads[s].to(dtype), *(part.read(dtype, copy=True) for part in parts))
         w, g, m, v = (y.contiguous() for y in wide)
         _fused_([w], [g], [m], [v], [age], lr, weight_decay, group)
-        offset = s.start * (w.numel() // max(1, w.shape[0]))
-        narrow_(ps[s], w, how._replace(low=low), offset)
-        store_(exp_avgs[s], m, x.key(EXP_AVG), offset)
-        store_(exp_avg_sqs[s], v, x.key(EXP_AVG_SQ), offset)
+        narrow_(ps[s], w, how._replace(low=low), s.start * (w.numel() // max(1, w.shape[0])))
+        for part, value in zip(parts, (m, v), strict=True):
+            part.write_(value, copied=True)
 
 
 def _fused_(
@@ -215,27 +196,46 @@ def _adamw_(
     weight_decay: float,
     maximize: bool,
 ) -> None:
-    fused = params[0].device.type in FUSED_DEVICES
-    # One less, since the kernel counts by itself; on the device for it, and where Python reads it otherwise.
-    devices = [p.device if fused else torch.device("cpu") for p in params]
-    before = [torch.full((), age - 1, dtype=torch.float32, device=d) for age, d in zip(ages, devices, strict=True)]
-    adamw(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        [],
-        before,
-        fused=fused,
-        foreach=False,
-        amsgrad=False,
-        beta1=beta1,
-        beta2=beta2,
-        lr=lr,
-        weight_decay=weight_decay,
-        eps=eps,
-        maximize=maximize,
-    )
+    if params[0].device.type not in FUSED_DEVICES:
+        before = [torch.full((), age - 1, dtype=torch.float32) for age in ages]  # one less: torch counts by itself
+        adamw(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            [],
+            before,
+            foreach=False,
+            fused=False,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=eps,
+            maximize=maximize,
+        )
+        return
+    alike: dict[Any, list[int]] = {}
+    for i, (p, age) in enumerate(zip(params, ages, strict=True)):
+        alike.setdefault((p.device, p.dtype, age), []).append(i)
+    for (device, _, age), places in alike.items():
+        step = torch.full((), age, dtype=torch.float32, device=device)  # which the kernel only reads
+        torch._fused_adamw_(
+            [params[i] for i in places],
+            [grads[i] for i in places],
+            [exp_avgs[i] for i in places],
+            [exp_avg_sqs[i] for i in places],
+            [],
+            [step] * len(places),
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=maximize,
+        )
 
 
 @torch.library.custom_op("slimstate::adamw_", mutates_args=("params", "exp_avgs", "exp_avg_sqs"))
@@ -280,14 +280,13 @@ def adam_directions(
     Returns:
         U of each, of R's shape.
     """
-    kept = [[x.state[key] for x in entries] for key in keys]
-    m, v = wide = [[y.to(r.dtype) for y, r in zip(moments, rs, strict=True)] for moments in kept]
+    kept = [[moment_of(x, key) for x in entries] for key in keys]
+    m, v = wide = [[y.read(r.dtype) for y, r in zip(moments, rs, strict=True)] for moments in kept]
     us = [torch.zeros_like(r) for r in rs]  # a weight of zero that takes one step of size 1 becomes the direction
     _fused_(us, rs, m, v, ages, 1.0, 0.0, group)
-    for moments, values, purpose in zip(kept, wide, (EXP_AVG, EXP_AVG_SQ), strict=True):
-        for x, moment, value in zip(entries, moments, values, strict=True):
-            if moment.dtype != value.dtype:
-                store_(moment, value, x.key(purpose))
+    for moments, values in zip(kept, wide, strict=True):
+        for moment, value in zip(moments, values, strict=True):
+            moment.write_(value)
     return us
 
 
@@ -306,21 +305,33 @@ def aged_direction_(x: Entry, r: Tensor, group: Group, ages: Tensor) -> Tensor:
         U, of R's shape.
     """
     beta1, beta2 = group["betas"]
-    moments = [x.state[key].flatten(0, -2) for key in ("exp_avg", "exp_avg_sq")]
-    rows, t = r.flatten(0, -2), ages.flatten()[:, None].double()
+    t = ages.unsqueeze(-1).double()
     bias1, bias2 = ((1 - beta**t).to(r.dtype) for beta in (beta1, beta2))
     if not group["maximize"]:
         bias1.neg_()
-    for s in blocks(rows, 0, r.itemsize):
-        g = rows[s]
-        m, v = (y[s].to(r.dtype) for y in moments)
+    moments = [moment_of(x, key) for key in ("exp_avg", "exp_avg_sq")]
+    for g, first, second, parts in _pieces(r, bias1, bias2, moments):
+        m, v = (part.read(r.dtype) for part in parts)
         take_(m, v, g, beta1, beta2)
-        root = (v / bias2[s]).sqrt_().add_(group["eps"])
-        torch.div(m, bias1[s], out=g).div_(root)
-        for moment, value, purpose in zip(moments, (m, v), (EXP_AVG, EXP_AVG_SQ), strict=True):
-            if moment.dtype != value.dtype:
-                store_(moment[s], value, x.key(purpose), s.start * rows.shape[1])
+        root = (v / second).sqrt_().add_(group["eps"])
+        torch.div(m, first, out=g).div_(root)
+        for part, value in zip(parts, (m, v), strict=True):
+            part.write_(value)
     return r
+
+
+def _pieces(
+    r: Tensor, bias1: Tensor, bias2: Tensor, moments: list[Moment]
+) -> Iterator[tuple[Tensor, Tensor, Tensor, list[Moment]]]:
+    """Blocks of R and what goes with them: of columns for codes, whose blocks go down them, and else of rows."""
+    if is_coded(moments):
+        for s in blocks(r, -1, r.itemsize):
+            yield r[..., s], bias1, bias2, [moment.columns(s) for moment in moments]
+        return
+    rows, bias1, bias2 = (y.flatten(0, -2) for y in (r, bias1, bias2))
+    moments = [moment._replace(kept=moment.kept.flatten(0, -2)) for moment in moments]
+    for s in blocks(rows, 0, r.itemsize):
+        yield rows[s], bias1[s], bias2[s], [moment.rows(s) for moment in moments]
 
 
 def take_(m: Tensor, v: Tensor, g: Tensor, beta1: Number, beta2: Number) -> None:
@@ -336,12 +347,3 @@ def rounding(x: Entry, group: Group, purpose: int = WEIGHT) -> Rounding:
     if group["compensation"]:
         return Rounding(low=x.state["compensation"])
     return NEAREST if group["stochastic_rounding"] is False else Rounding(x.key(purpose))
-
-
-def store_(target: Tensor, value: Tensor, key: Key, offset: int = 0) -> None:
-    """A moment <- value; rounded stochastically where precision is lost.
-
-    A second moment in bfloat16 needs it: with beta2 = 0.999 a step changes it by less than half a unit in the last
-    place.
-    """
-    narrow_(target, value, Rounding(key), offset)

@@ -23,7 +23,7 @@ from slimstate.projections._residual import scaled_step_, sign_step_
 from ._adam import check_adam, is_number, rounding, weight_spec
 from ._base import Entry, Group, Spec, State, refuse
 from ._loading import misfit
-from ._projected import Matrix, ProjectedOptimizer
+from ._projected import Matrix, ProjectedOptimizer, view_of
 from ._rules import RULES, directions, rule_spec, whole_step_
 from ._sharding import Part
 
@@ -259,7 +259,7 @@ class FRUGAL(ProjectedOptimizer):
         if group["density"] == 0:
             return 0.0
         projection = self._projection(group)
-        view = projection.view(tuple(p.shape), group["batch_dims"])
+        view = view_of(projection, tuple(p.shape), group["batch_dims"])
         return projection.rank_of(view.d, view.k) / view.d
 
     def _report_clamped(self, group: Group) -> None:
@@ -295,16 +295,16 @@ class FRUGAL(ProjectedOptimizer):
 
     # State.
 
-    def _moments_spec(self, p: Tensor, group: Group, shape: tuple[int, ...]) -> Spec:
-        return rule_spec(p, group, shape)
+    def _moments_spec(self, p: Tensor, group: Group) -> Spec:
+        return rule_spec(p, group, self._moment_shape(p, group), self._layout(p, group))
 
     def _spec(self, p: Tensor, group: Group) -> Spec:
         if not self._is_chosen(p, group) or self._is_projected(p, group):
             return super()._spec(p, group)
         spec = weight_spec(p, group)
         if group["projection"] == "blocks":
-            return rule_spec(p, group, tuple(p.shape)) | {"age": ((), torch.int32)} | spec
-        return spec if group["density"] == 0 else rule_spec(p, group, tuple(p.shape)) | spec
+            return self._moments_spec(p, group) | {"age": ((), torch.int32)} | spec
+        return spec if group["density"] == 0 else self._moments_spec(p, group) | spec
 
     def _held(self, p: Tensor, group: Group) -> Spec:
         spec, passing = super()._held(p, group), self._passing(p, group)
@@ -317,7 +317,7 @@ class FRUGAL(ProjectedOptimizer):
 
     def _passing(self, p: Tensor, group: Group) -> frozenset[str]:
         if self._is_chosen(p, group) and group["projection"] == "blocks":
-            return frozenset(rule_spec(p, group, ()))
+            return frozenset(self._moments_spec(p, group))
         return frozenset()
 
     def _check_state(self, name: str, p: Tensor, group: Group, state: State) -> None:
@@ -336,7 +336,7 @@ class FRUGAL(ProjectedOptimizer):
         for place, p in enumerate(tensors):
             if p not in present:
                 continue
-            state, moments = self.state[p], rule_spec(p, group, tuple(p.shape))
+            state, moments = self.state[p], self._moments_spec(p, group)
             step = int(state["step"])
             if not self._has_turn(place, len(tensors), group, step):
                 for key in moments:
@@ -362,7 +362,7 @@ class FRUGAL(ProjectedOptimizer):
 
     @torch.compiler.disable  # which tensors have moments changes, and would be compiled anew each time
     def _step_in_turns_(self, entries: list[Entry], group: Group) -> None:
-        selected = [x for x in entries if rule_spec(x.param, group, ()).keys() <= x.state.keys()]
+        selected = [x for x in entries if self._moments_spec(x.param, group).keys() <= x.state.keys()]
         whole_step_(selected, group, scale=group["scale"], aged=True)
         for x in entries:
             if x not in selected:

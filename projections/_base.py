@@ -222,7 +222,7 @@ class DenseProjection(Projection):
 
             rewrite_(p, view, add_, basis.dtype, rounding, whole=True)
             return
-        if view.lead and p.dtype == basis.dtype and (w := matrix_in_place(p, view)) is not None:
+        if p.dtype == basis.dtype and (w := matrix_in_place(p, view)) is not None:
             a, b = (u.mT, basis.mT) if view.transposed else (basis, u)
             addmm_(w, a, b, beta=beta, alpha=alpha)
             return

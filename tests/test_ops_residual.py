@@ -80,7 +80,7 @@ def test_is_the_formula(w, g, product, limit, beta, step):
 
 
 def test_float64_is_computed_in_float64():
-    w, g, product, limit = (x.double() for x in made((5, 7), "columns"))
+    w, g, _, limit = (x.double() for x in made((5, 7), "columns"))
     expected = w * 0.99 - g * limit
     scaled_residual_(w, g, limit, beta=0.99)
     assert torch.equal(w, expected)
@@ -97,6 +97,7 @@ def test_opcheck(device, dtype):
 
 def test_compiles_once_for_all_numbers():
     torch._dynamo.reset()
+    first = 0
     compilations = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(backend=compilations, fullgraph=True)
@@ -111,7 +112,8 @@ def test_compiles_once_for_all_numbers():
         scaled_residual_reference_(expected, g, limit, beta)
         step_(w, g, product, limit, *(torch.tensor(x, dtype=torch.float64) for x in (beta, step)))
         assert torch.equal(w, expected)
-        first = compilations.frame_count if i == 1 else first
+        if i == 1:
+            first = compilations.frame_count
     assert compilations.frame_count == first
 
 

@@ -9,6 +9,7 @@ reference and fuses it, which an opaque op would prevent.
 """
 
 from ._compiled import COMPILED, DEVICES
+from .codes import decode, encode_
 from .keys import WHOLE, Key, PartKey, Place, counter_key
 from .residual import (
     scaled_residual_,
@@ -26,6 +27,8 @@ __all__ = [
     "PartKey",
     "Place",
     "counter_key",
+    "decode",
+    "encode_",
     "scaled_residual_",
     "scaled_residual_reference_",
     "sign_residual_",

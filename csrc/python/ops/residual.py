@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ._compiled import COMPILED, DEVICES
+from ._samples import Sample
 
 __all__ = ["scaled_residual_", "scaled_residual_reference_", "sign_residual_", "sign_residual_reference_"]
 
@@ -148,16 +149,26 @@ if COMPILED:
         torch._check(w.shape == g.shape)
 
 
-def check(device: str) -> Iterator[tuple[str, bool]]:
-    """Compares the compiled ops with their references: what was compared, and whether it agrees."""
-    w, product = (torch.linspace(-1, 1, 65 * 129, device=device).view(65, 129).roll(s, 0) for s in (0, 7))
-    along = torch.linspace(0, 0.5, 129, device=device)[None]
+def samples(device: str) -> Iterator[Sample]:
+    """What the compiled ops are compared with their references by."""
+    values = torch.linspace(-1, 1, 70 * 140, device=device).view(70, 140)
+    limits = torch.linspace(0, 0.5, 140, device=device)
     for dtype in _GRADIENTS:
-        g = w.flip(1).to(dtype)
-        got, expected = w.clone(), w.clone()
-        sign_residual_(got, g, product, along, beta=0.99, step=0.01)
-        sign_residual_reference_(expected, g, product, along, 0.99, 0.01)
-        yield f"sign_residual_ {dtype}", torch.equal(got, expected)
-        scaled_residual_(got, g, along, beta=0.99)
-        scaled_residual_reference_(expected, g, along, 0.99)
-        yield f"scaled_residual_ {dtype}", torch.equal(got, expected)
+        for what, rows, columns in (
+            ("", slice(64), slice(128)),
+            (" unaligned", slice(1, 66), slice(3, 132)),
+            (" empty", slice(0), slice(8)),
+        ):
+            w, product = values[rows, columns], values.roll(7, 0)[rows, columns]
+            g = values.flip(1).to(dtype)[rows, columns]
+            for side, along in (
+                ("columns", limits[None, columns]),
+                ("rows", limits[rows, None]),
+                ("one", limits[5:6, None]),
+            ):
+                name = f"{dtype} {side}{what}"
+                yield Sample("sign_residual_", name, (w, g, product, along, 0.99, 0.01), sign_residual_reference_)
+                yield Sample("scaled_residual_", name, (w, g, along, 0.99), scaled_residual_reference_)
+    w, g, numbers = values[:5], values[5:10], [torch.tensor(x, dtype=torch.float64) for x in (0.99, 0.01)]
+    yield Sample("sign_residual_of_", "", (w, g, w, limits[None], *numbers), sign_residual_reference_)
+    yield Sample("scaled_residual_of_", "", (w, g, limits[None], numbers[0]), scaled_residual_reference_)
