@@ -23,6 +23,8 @@ STABLE_TORCH_LIBRARY(slimstate, m) {
       "adamw_step_(Tensor(a!)[] ps, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor(d!)[] scales, Tensor(e!)[] lows, float[] biases, int[] keys, int[] places, bool stochastic, "
       "float decay, float lr, float beta1, float beta2, float eps, bool maximize) -> ()");
+  m.def("sign_residual_(Tensor(a!) w, Tensor g, Tensor product, Tensor limit, float beta, float step) -> ()");
+  m.def("scaled_residual_(Tensor(a!) w, Tensor g, Tensor factor, float beta) -> ()");
 }
 
 #ifdef USE_CUDA
