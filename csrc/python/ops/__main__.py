@@ -3,10 +3,10 @@
 
 import torch
 
-from . import rounding
+from . import rounding, tangent
 from ._compiled import DEVICES
 
-CHECKED = (rounding,)
+CHECKED = (rounding, tangent)
 
 
 def main() -> int:
