@@ -20,8 +20,9 @@ def extension(cuda: bool) -> dict[str, Any]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     defines = ["-DTORCH_TARGET_VERSION=0x020a000000000000", *(["-DUSE_CUDA"] if cuda else [])]
-    # No fused multiply-add, so that kernels reach the bits of the references; no errno, so that roots are vectorised.
-    optimize = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+    # No fused multiply-add, so that kernels reach the bits of the references; no errno, so that roots are vectorised;
+    # sums in lanes where a loop asks for them.
+    optimize = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
     if sys.platform == "win32":
         optimize = ["/fp:precise"]
     if cuda and torch.cuda.device_count() == 0:

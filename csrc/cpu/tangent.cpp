@@ -16,9 +16,9 @@ namespace {
 
 using namespace slimstate;
 
-// A row is summed in units, a unit in tiles, a tile in lanes: float32 in a lane, float64 above. None of them depends on
-// the threads or on what the processor is, so neither do the sums.
-constexpr int64_t LANES = 16, TILE = 1024, UNIT = 8 * TILE, GRAIN = 1 << 15;
+// A row is summed in runs: a run in lanes of float32, all else in float64. What a run, a tile and a unit are does not
+// depend on the threads, so neither do the sums.
+constexpr int64_t RUN = 256, TILE = 1024, UNIT = 8 * TILE, GRAIN = 1 << 15;
 
 // ---------------------------------------------------------------------------------------------- loops over a tile
 
@@ -54,66 +54,63 @@ SLIMSTATE_CLONES void divide(
   }
 }
 
-SLIMSTATE_CLONES void add_dots(double* __restrict sums, const float* __restrict w, const float* __restrict g, int64_t n) {
-  float wg[LANES] = {}, gg[LANES] = {}, ww[LANES] = {};
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) {
-    for (int64_t l = 0; l < LANES; ++l) {
-      wg[l] += w[i + l] * g[i + l];
-      gg[l] += g[i + l] * g[i + l];
-      ww[l] += w[i + l] * w[i + l];
+// Adds a tile's <w, g>, |g|^2, |w|^2 to the sums; the compiler sums in lanes where `simd reduction` lets it.
+SLIMSTATE_CLONES void add_dots(double* sums, const float* __restrict w, const float* __restrict g, int64_t n) {
+  for (int64_t begin = 0; begin < n; begin += RUN) {
+    const int64_t end = std::min(begin + RUN, n);
+    float wg = 0, gg = 0, ww = 0;
+#pragma omp simd reduction(+ : wg, gg, ww)
+    for (int64_t i = begin; i < end; ++i) {
+      wg += w[i] * g[i];
+      gg += g[i] * g[i];
+      ww += w[i] * w[i];
     }
-  }
-  for (int64_t l = 0; i + l < n; ++l) {
-    wg[l] += w[i + l] * g[i + l];
-    gg[l] += g[i + l] * g[i + l];
-    ww[l] += w[i + l] * w[i + l];
-  }
-  for (int64_t l = 0; l < LANES; ++l) {
-    sums[l] += wg[l];
-    sums[LANES + l] += gg[l];
-    sums[2 * LANES + l] += ww[l];
+    sums[0] += wg, sums[1] += gg, sums[2] += ww;
   }
 }
 
-SLIMSTATE_CLONES void add_dot(double* __restrict sums, const float* __restrict w, const float* __restrict u, int64_t n) {
-  float wu[LANES] = {};
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) {
-    for (int64_t l = 0; l < LANES; ++l) wu[l] += w[i + l] * u[i + l];
+SLIMSTATE_CLONES void add_dot(double* sum, const float* __restrict w, const float* __restrict u, int64_t n) {
+  for (int64_t begin = 0; begin < n; begin += RUN) {
+    const int64_t end = std::min(begin + RUN, n);
+    float wu = 0;
+#pragma omp simd reduction(+ : wu)
+    for (int64_t i = begin; i < end; ++i) wu += w[i] * u[i];
+    *sum += wu;
   }
-  for (int64_t l = 0; i + l < n; ++l) wu[l] += w[i + l] * u[i + l];
-  for (int64_t l = 0; l < LANES; ++l) sums[l] += wu[l];
 }
 
-double total(const double* lanes) {
-  double sum[LANES];
-  std::copy_n(lanes, LANES, sum);
-  for (int64_t half = LANES / 2; half > 0; half /= 2) {
-    for (int64_t l = 0; l < half; ++l) sum[l] += sum[l + half];
+// out <- U or, if it is the weight and this the step, out <- factor out - lr U.
+template <bool nesterov, bool step>
+SLIMSTATE_CLONES void adam_tile(
+    float* __restrict out, const float* __restrict g, float* __restrict m, float* __restrict v, int64_t n, float sign,
+    Adam rule, float factor, float lr) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float u = rule.take<nesterov>(sign * g[i], m[i], v[i]);
+    out[i] = step ? out[i] * factor - u * lr : u;
   }
-  return sum[0];
 }
 
-template <bool nesterov>
-SLIMSTATE_CLONES void adam_directions(
-    float* __restrict u, const float* __restrict g, float* __restrict m, float* __restrict v, int64_t n, float sign,
-    Adam rule) {
-  for (int64_t i = 0; i < n; ++i) u[i] = rule.take<nesterov>(sign * g[i], m[i], v[i]);
+template <bool nesterov, bool step>
+SLIMSTATE_CLONES void momentum_tile(
+    float* __restrict out, const float* __restrict g, float* __restrict m, int64_t n, float sign, Momentum rule,
+    float factor, float lr) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float u = rule.take<nesterov>(sign * g[i], m[i]);
+    out[i] = step ? out[i] * factor - u * lr : u;
+  }
 }
 
-template <bool nesterov>
-SLIMSTATE_CLONES void momentum_directions(
-    float* __restrict u, const float* __restrict g, float* __restrict m, int64_t n, float sign, Momentum rule) {
-  for (int64_t i = 0; i < n; ++i) u[i] = rule.take<nesterov>(sign * g[i], m[i]);
+template <bool step>
+SLIMSTATE_CLONES void plain_tile(
+    float* __restrict out, const float* __restrict g, int64_t n, float sign, Momentum rule, float factor, float lr) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float u = rule.take(sign * g[i]);
+    out[i] = step ? out[i] * factor - u * lr : u;
+  }
 }
 
-SLIMSTATE_CLONES void directions(
-    float* __restrict u, const float* __restrict g, int64_t n, float sign, Momentum rule) {
-  for (int64_t i = 0; i < n; ++i) u[i] = rule.take(sign * g[i]);
-}
-
-SLIMSTATE_CLONES void go(float* __restrict w, const float* __restrict u, int64_t n, float factor, float lr) {
+SLIMSTATE_CLONES void step_tile(
+    float* __restrict w, const float* __restrict u, int64_t n, float factor, float lr) {
   for (int64_t i = 0; i < n; ++i) w[i] = w[i] * factor - u[i] * lr;
 }
 
@@ -163,27 +160,21 @@ struct Buffers {
   alignas(64) float w[TILE], g[TILE], m[TILE], v[TILE], u[TILE];
 };
 
-// U of one tile; the moments after this step are written, or with `dry` forgotten.
-void direct(const Operand& x, int64_t at, int64_t n, float* u, Buffers& b, bool dry) {
+// U of one tile, or the step of its weights; the moments after it are written, or with `dry` forgotten.
+template <bool step>
+void take(const Operand& x, int64_t at, int64_t n, float* out, Buffers& b, bool dry, float factor) {
   const float* g = read(x.g, at, n, b.g);
-  if (x.m.data == nullptr) return directions(u, g, n, x.sign, x.momentum);
+  if (x.m.data == nullptr) return plain_tile<step>(out, g, n, x.sign, x.momentum, factor, x.lr);
   float* m = (dry ? copy : read)(x.m, at, n, b.m);
   if (x.v.data == nullptr) {
-    const auto rule = x.nesterov ? momentum_directions<true> : momentum_directions<false>;
-    rule(u, g, m, n, x.sign, x.momentum);
+    (x.nesterov ? momentum_tile<true, step> : momentum_tile<false, step>)(
+        out, g, m, n, x.sign, x.momentum, factor, x.lr);
   } else {
     float* v = (dry ? copy : read)(x.v, at, n, b.v);
-    const auto rule = x.nesterov ? adam_directions<true> : adam_directions<false>;
-    rule(u, g, m, v, n, x.sign, x.adam);
+    (x.nesterov ? adam_tile<true, step> : adam_tile<false, step>)(out, g, m, v, n, x.sign, x.adam, factor, x.lr);
     if (!dry) write(x.v, x.place, at, n, v);
   }
   if (!dry) write(x.m, x.place, at, n, m);
-}
-
-void step_tile(const Operand& x, int64_t at, int64_t n, const float* u, Buffers& b, float factor) {
-  float* w = read(x.w, at, n, b.w);
-  go(w, u, n, factor, x.lr);
-  write(x.w, x.place, at, n, w);
 }
 
 int64_t units_of(int64_t columns) { return (columns + UNIT - 1) / UNIT; }
@@ -212,8 +203,9 @@ void step_all(const Operand& x, const float* factors, float factor) {
     Buffers b;
     const float f = flat ? factor : factors[unit / units_of(x.columns)];
     tiles(begin, end, [&](int64_t at, int64_t n) {
-      direct(x, at, n, b.u, b, false);
-      step_tile(x, at, n, b.u, b, f);
+      float* w = read(x.w, at, n, b.w);
+      take<true>(x, at, n, w, b, false, f);
+      write(x.w, x.place, at, n, w);
     });
   });
 }
@@ -224,9 +216,7 @@ std::vector<double> unit_sums(const Operand& x, int64_t count, F f) {
   std::vector<double> sums(count * x.rows * units_of(x.columns));
   for_units(x.rows, x.columns, [&](int64_t unit, int64_t begin, int64_t end) {
     Buffers b;
-    double lanes[4 * LANES] = {};
-    tiles(begin, end, [&](int64_t at, int64_t n) { f(lanes, at, n, b); });
-    for (int64_t j = 0; j < count; ++j) sums[count * unit + j] = total(lanes + j * LANES);
+    tiles(begin, end, [&](int64_t at, int64_t n) { f(&sums[count * unit], at, n, b); });
   });
   const int64_t units = units_of(x.columns);  // to rows, in place
   for (int64_t i = 0; i < x.rows; ++i) {
@@ -242,9 +232,9 @@ std::vector<double> unit_sums(const Operand& x, int64_t count, F f) {
 
 // Of each row, <w, u>; moments stay what they are.
 std::vector<double> radial_sums(const Operand& x) {
-  return unit_sums(x, 1, [&](double* lanes, int64_t at, int64_t n, Buffers& b) {
-    direct(x, at, n, b.u, b, true);
-    add_dot(lanes, read(x.w, at, n, b.w), b.u, n);
+  return unit_sums(x, 1, [&](double* of_unit, int64_t at, int64_t n, Buffers& b) {
+    take<false>(x, at, n, b.u, b, true, 1);
+    add_dot(of_unit, read(x.w, at, n, b.w), b.u, n);
   });
 }
 
@@ -256,19 +246,23 @@ Dots rounded(const double* sums) {
 void step_tangent(const Operand& x, const View& view, const Factor& factor, int64_t begin, int64_t end, float ww) {
   Buffers b;
   alignas(64) float u[UNIT];
-  double lanes[LANES] = {};
+  double radial = 0;
   tiles(begin, end, [&](int64_t at, int64_t n) {
-    direct(x, at, n, u + (at - begin), b, false);
-    add_dot(lanes, read(x.w, at, n, b.w), u + (at - begin), n);
+    take<false>(x, at, n, u + (at - begin), b, false, 1);
+    add_dot(&radial, read(x.w, at, n, b.w), u + (at - begin), n);
   });
-  const float f = factor.fired(view.multiple(ww, static_cast<float>(total(lanes))));
-  tiles(begin, end, [&](int64_t at, int64_t n) { step_tile(x, at, n, u + (at - begin), b, f); });
+  const float f = factor.fired(view.multiple(ww, static_cast<float>(radial)));
+  tiles(begin, end, [&](int64_t at, int64_t n) {
+    float* w = read(x.w, at, n, b.w);
+    step_tile(w, u + (at - begin), n, f, x.lr);
+    write(x.w, x.place, at, n, w);
+  });
 }
 
 void decide_and_step(
     const Operand& x, double eps, double delta, bool layer_view, const Factor& factor) {
-  const auto dots = unit_sums(x, 3, [&](double* lanes, int64_t at, int64_t n, Buffers& b) {
-    add_dots(lanes, read(x.w, at, n, b.w), read(x.g, at, n, b.g), n);
+  const auto dots = unit_sums(x, 3, [&](double* of_unit, int64_t at, int64_t n, Buffers& b) {
+    add_dots(of_unit, read(x.w, at, n, b.w), read(x.g, at, n, b.g), n);
   });
   const View channel(eps, delta, static_cast<double>(x.columns));
   bool all = true, any = false;
@@ -315,11 +309,11 @@ void tangent_dots_(
   for (size_t i = 0; i < all.size(); ++i) {
     const Operand& x = all[i];
     float* out = of_rows(op, dots[i], x, 4);
-    const auto sums = unit_sums(x, 4, [&](double* lanes, int64_t at, int64_t n, Buffers& b) {
+    const auto sums = unit_sums(x, 4, [&](double* of_unit, int64_t at, int64_t n, Buffers& b) {
       const float* w = read(x.w, at, n, b.w);
-      direct(x, at, n, b.u, b, true);
-      add_dots(lanes, w, read(x.g, at, n, b.g), n);
-      add_dot(lanes + 3 * LANES, w, b.u, n);
+      take<false>(x, at, n, b.u, b, true, 1);
+      add_dots(of_unit, w, read(x.g, at, n, b.g), n);
+      add_dot(of_unit + 3, w, b.u, n);
     });
     for (int64_t row = 0; row < x.rows; ++row) {
       for (int64_t j = 0; j < 4; ++j) out[j * x.rows + row] = static_cast<float>(sums[4 * row + j]);
