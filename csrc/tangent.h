@@ -8,9 +8,10 @@ namespace slimstate {
 
 // (1 - weight) a + weight b, from the nearer end.
 struct Lerp {
-  float coefficient;
-  bool far;
+  float coefficient = 0;
+  bool far = false;
 
+  Lerp() = default;
   explicit Lerp(double weight)
       : coefficient(static_cast<float>(weight) - (static_cast<float>(weight) < 0.5f ? 0.0f : 1.0f)),
         far(!(static_cast<float>(weight) < 0.5f)) {}
@@ -21,8 +22,9 @@ struct Lerp {
 // U of AdamP: takes an entry of the gradient into its moments.
 struct Adam {
   Lerp first, second;
-  float scale1, scale2, eps;
+  float scale1 = 1, scale2 = 1, eps = 0;
 
+  Adam() = default;
   Adam(double beta1, double beta2, double eps, double age)
       : first(1 - beta1),
         second(1 - beta2),
@@ -40,8 +42,9 @@ struct Adam {
 
 // U of SGDP, with and without a moment.
 struct Momentum {
-  float momentum, share;
+  float momentum = 0, share = 1;
 
+  Momentum() = default;
   Momentum(double momentum, double dampening)
       : momentum(static_cast<float>(momentum)), share(static_cast<float>(1 - dampening)) {}
 
@@ -61,8 +64,9 @@ struct Dots {
 
 // What a view is tried with; `threshold` is delta / sqrt(length of a row).
 struct View {
-  float eps, floor, threshold;
+  float eps = 0, floor = 0, threshold = 0;
 
+  View() = default;
   View(double eps, double delta, double length)
       : eps(static_cast<float>(eps)),
         floor(static_cast<float>(eps) > 0x1p-126f ? static_cast<float>(eps) : 0x1p-126f),
@@ -85,8 +89,9 @@ struct View {
 
 // The factor of a row: its decay, and its step's radial part.
 struct Factor {
-  float plain, decay, lr;
+  float plain = 1, decay = 0, lr = 0;
 
+  Factor() = default;
   Factor(double lr, double decay, double wd_ratio)
       : plain(static_cast<float>(1 - lr * decay)),
         decay(static_cast<float>(lr * decay) * static_cast<float>(wd_ratio)),

@@ -21,12 +21,11 @@ struct Kept {
 
 // A parameter as rows; a vector is one row. `m` and `v` have no data where the rule has no such moment.
 struct Operand {
-  int64_t rows, columns;
-  bool tested;
+  int64_t rows = 0, columns = 0;
   Kept w, g, m, v;
-  Place place;
-  float sign, lr;
-  bool nesterov;
+  Place place{};
+  float sign = 1, lr = 0;
+  bool tested = false, nesterov = false;
   Adam adam;
   Momentum momentum;
 };
@@ -72,20 +71,21 @@ inline std::vector<Operand> operands(
     check_like(op, "a gradient", grads[i], w);
     STD_TORCH_CHECK(grads[i].scalar_type() == w.scalar_type(), op, ": a gradient must have its weight's dtype");
     const int64_t rows = w.dim() < 2 ? 1 : w.size(0), columns = rows == 0 ? 0 : w.numel() / rows;
-    const bool adam = !seconds.empty();
-    Operand x{rows,
-              columns,
-              w.dim() > 1 && numbers.delta > 0,
-              {w.mutable_data_ptr(), w.scalar_type()},
-              {const_cast<void*>(grads[i].const_data_ptr()), w.scalar_type()},
-              {},
-              {},
-              {0, INT64_MAX, 0},
-              numbers.maximize ? -1.0f : 1.0f,
-              static_cast<float>(numbers.lr),
-              numbers.nesterov,
-              adam ? Adam(numbers.rate1, numbers.rate2, numbers.eps, ages[i]) : Adam(0, 0, 0, 1),
-              adam ? Momentum(0, 0) : Momentum(numbers.rate1, numbers.rate2)};
+    Operand x;
+    x.rows = rows;
+    x.columns = columns;
+    x.w = {w.mutable_data_ptr(), w.scalar_type()};
+    x.g = {const_cast<void*>(grads[i].const_data_ptr()), w.scalar_type()};
+    x.place = {0, INT64_MAX, 0};
+    x.sign = numbers.maximize ? -1.0f : 1.0f;
+    x.lr = static_cast<float>(numbers.lr);
+    x.tested = w.dim() > 1 && numbers.delta > 0;
+    x.nesterov = numbers.nesterov;
+    if (seconds.empty()) {
+      x.momentum = Momentum(numbers.rate1, numbers.rate2);
+    } else {
+      x.adam = Adam(numbers.rate1, numbers.rate2, numbers.eps, ages[i]);
+    }
     if (!places.empty()) {
       STD_TORCH_CHECK(places[3 * i] >= 0 && places[3 * i + 1] > 0 && places[3 * i + 2] >= 0, op,
                       ": a place must have start and pitch >= 0 and width >= 1");
@@ -121,6 +121,10 @@ inline float* of_rows(const char* op, const torch::stable::Tensor& x, const Oper
                       x.numel() == each * operand.rows,
                   op, ": ", each, " float32 for each row, contiguous");
   return static_cast<float*>(x.mutable_data_ptr());
+}
+
+inline void check_factors(const char* op, const Tensors& factors, const std::vector<Operand>& all) {
+  STD_TORCH_CHECK(factors.empty() || factors.size() == all.size(), op, ": factors of each weight, or none");
 }
 
 }  // namespace slimstate

@@ -213,7 +213,7 @@ void step_all(const Operand& x, const float* factors, float factor) {
 // The sums over each unit of `count` dot products; f adds those of a tile.
 template <typename F>
 std::vector<double> unit_sums(const Operand& x, int64_t count, F f) {
-  std::vector<double> sums(count * x.rows * units_of(x.columns));
+  std::vector<double> sums(count * x.rows * std::max<int64_t>(1, units_of(x.columns)));
   for_units(x.rows, x.columns, [&](int64_t unit, int64_t begin, int64_t end) {
     Buffers b;
     tiles(begin, end, [&](int64_t at, int64_t n) { f(&sums[count * unit], at, n, b); });
@@ -330,7 +330,7 @@ void tangent_step_(
   const Numbers numbers{lr,       decay,      rate1,    rate2,     eps, delta, wd_ratio,
                         nesterov, layer_view, maximize, stochastic};
   const auto all = operands(op, weights, grads, firsts, seconds, lows, keys, places, ages, numbers);
-  STD_TORCH_CHECK(factors.empty() || factors.size() == all.size(), op, ": one tensor of factors for each weight, or none");
+  check_factors(op, factors, all);
   const Factor factor(lr, decay, wd_ratio);
   for (size_t i = 0; i < all.size(); ++i) {
     const Operand& x = all[i];

@@ -5,13 +5,14 @@ The equations and the same in PyTorch, for any dtype and memory layout, are in `
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._compiled import COMPILED, DEVICES
-from .keys import WHOLE, Key, PartKey
+from ._samples import Sample
+from .keys import WHOLE, Key, PartKey, Place
 
 __all__ = ["TangentRule", "tangent_dots", "tangent_step_", "tangent_takes"]
 
@@ -190,22 +191,155 @@ if COMPILED:
         torch._check(len(grads) == len(weights))
 
 
-def check(device: str) -> Iterator[tuple[str, bool]]:
-    """Compares optimizers with and without the ops, which do not take strided memory."""
-    from slimstate.optim import SGDP, AdamP
-
+def samples(device: str) -> Iterator[Sample]:
+    """What the compiled ops are compared with the reference by."""
     generator = torch.Generator().manual_seed(0)
-    w, noise = (torch.randn((37, 129), generator=generator) for _ in range(2))
-    orthogonal = noise - w * ((w * noise).sum(1, keepdim=True) / w.square().sum(1, keepdim=True))
-    for kind, settings in ((AdamP, {"betas": (0.9, 0.99)}), (SGDP, {"momentum": 0.9})):
-        for grad, fires in ((orthogonal, True), (noise + w, False)):
-            ends = []
-            for strided in (False, True):
-                x = w.to(device)
-                p = torch.nn.Parameter(x.mT.contiguous().mT if strided else x.clone())
-                p.grad = grad.to(device)
-                optimizer = kind([p], lr=0.01, weight_decay=0.1, **settings)  # type: ignore[operator]
-                optimizer.step()
-                ends.append(p.detach().cpu())
-            same = torch.allclose(*ends, rtol=1e-5, atol=1e-6)
-            yield f"{kind.__name__}, {'a view fires' if fires else 'no view fires'}", same
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def gradient(w: Tensor, kind: str) -> Tensor:
+        """Orthogonal to every row of W ("channel"), or to all of it only ("layer"); else to nothing."""
+        noise = 0.1 * normal(*w.shape)
+        rows, across = w.flatten(1), (noise + w).flatten(1) if kind == "none" else noise.flatten(1)
+        if kind == "none":
+            return across.view(w.shape)
+        across = across - rows * ((rows * across).sum(1, keepdim=True) / rows.square().sum(1, keepdim=True))
+        if kind == "layer":
+            signs = torch.ones(len(rows), 1)
+            signs[1::2] = -1
+            signs[len(rows) - len(rows) % 2 :] = 0
+            across = across + signs * rows / rows.square().sum(1, keepdim=True)
+        return across.view(w.shape)
+
+    def arguments(
+        shapes: Sequence[tuple[int, ...]], kind: str, moments: int, weight: torch.dtype, moment: torch.dtype, low: bool
+    ) -> tuple[list[Tensor], ...]:
+        ws = [normal(*shape) for shape in shapes]
+        gs = [gradient(w, kind) if w.ndim > 1 and w.numel() else normal(*w.shape) for w in ws]
+        ms, vs = ([0.01 * normal(*w.shape).abs() for w in ws] for _ in range(2))
+        lows = [torch.randint(-(2**14), 2**14, w.shape, dtype=torch.int16, generator=generator) for w in ws]
+        lists = (ws, weight), (gs, weight), (ms[: moments * 9], moment), (vs[: max(moments - 1, 0) * 9], moment)
+        cast = [[x.to(device, dtype) for x in xs] for xs, dtype in lists]
+        return *cast, [x.to(device) for x in lows if low]
+
+    float32, bfloat16, float16 = torch.float32, torch.bfloat16, torch.float16
+    plain = ((5, 37), (2, 9001), (1030,))  # rows of one unit and of more, and what is not tested
+    odd = ((4, 3, 5), (8, 64), (), (1, 1), (0, 3), (3, 0))
+    for what, shapes, kind, moments, weight, moment, settings in (
+        ("Adam", plain, "none", 2, float32, float32, {"dots": True}),
+        ("Adam, odd shapes", odd, "channel", 2, float32, float32, {"dots": True}),
+        ("Adam, channel view", plain, "channel", 2, float32, float32, {"keyed": True}),
+        ("Adam, layer view, float16, of a part", plain, "layer", 2, float16, float32, {"places": (5, 7, 11)}),
+        ("Adam, layer view left out", plain, "layer", 2, float32, float32, {"layer_view": False}),
+        ("Adam, nesterov, maximize", plain, "channel", 2, float32, bfloat16, {"nesterov": True, "maximize": True}),
+        ("Adam, bfloat16, to nearest", plain, "none", 2, bfloat16, float16, {"stochastic": False, "dots": True}),
+        ("Adam, factors", plain, "none", 2, float32, float32, {"factors": True}),
+        ("SGD", plain, "channel", 1, bfloat16, bfloat16, {"dots": True}),
+        ("SGD, nesterov", plain, "layer", 1, float32, float32, {"nesterov": True}),
+        ("SGD, bfloat16, compensated", plain, "none", 1, bfloat16, float32, {"low": True, "delta": 0.0}),
+        ("SGD, float16, compensated", plain, "none", 1, float16, float16, {"low": True, "delta": 0.0}),
+        ("SGD without momentum", plain, "channel", 0, float32, float32, {"maximize": True}),
+    ):
+        lists = arguments(shapes, kind, moments, weight, moment, "low" in settings)
+        count = len(shapes)
+        keys, ages = list(range(1, 3 * count + 1)), [3.0 + i for i in range(count)]
+        rates = (0.9, 0.99) if moments == 2 else (0.9, 0.1)
+        nesterov, maximize = "nesterov" in settings, "maximize" in settings
+        factors = [torch.linspace(0.9, 1.1, _rows(w), device=device) for w in lists[0] if "factors" in settings]
+        places = list(settings.get("places", ())) * count
+        numbers = (0.1, 0.01, *rates)
+        flags = (
+            1e-8, settings.get("delta", 0.1), 0.2, nesterov, settings.get("layer_view", True), maximize,
+            "stochastic" not in settings,
+        )  # fmt: skip
+        step = (*lists, factors, keys, places, ages, *numbers, *flags)
+        # Where numbers are rounded, the last place of a sum may decide between neighbours; in these it does not.
+        yield Sample("tangent_step_", what, step, _step_reference, 1e-5)
+        if "keyed" in settings:
+            keyed = (*lists, factors, torch.tensor(keys), places, torch.tensor([*numbers, *ages]).double(), *flags)
+            yield Sample("tangent_keyed_", what, keyed, _keyed_reference, 1e-5)
+        if "dots" in settings:
+            matrices = [[x for x in xs if x.ndim > 1] for xs in lists]
+            dots = [torch.zeros(4, len(w), *[1] * (w.ndim - 1), device=device) for w in matrices[0]]
+            old = [age for age, w in zip(ages, lists[0], strict=True) if w.ndim > 1]
+            given = (dots, *matrices, old, *rates, 1e-8, nesterov, maximize)
+            yield Sample("tangent_dots_", what, given, _dots_reference, 1e-5)
+
+
+def _rows(w: Tensor) -> int:
+    return len(w) if w.ndim > 1 else 1
+
+
+def _direction(
+    g: Tensor, moments: list[Tensor], age: float, rates: tuple[float, float], eps: float, nesterov: bool, maximize: bool
+) -> Tensor:
+    """U; the moments become those after this step."""
+    a, b = rates
+    g = -g if maximize else g
+    if not moments:
+        return (1 - b) * g
+    if len(moments) == 1:
+        moments[0].mul_(a).add_((1 - b) * g)
+        return g + a * moments[0] if nesterov else moments[0]
+    m, v = moments
+    m.lerp_(g, 1 - a)
+    v.lerp_(g.square(), 1 - b)
+    m = m.lerp(g, 1 - a) if nesterov else m
+    return m / (1 - a**age) / ((v / (1 - b**age)).sqrt() + eps)
+
+
+def _wide(lists: Sequence[list[Tensor]], i: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Copies of W, G and the moments of one parameter in float32."""
+    from slimstate.projections._rounding import widen
+
+    ws, gs, firsts, seconds, lows = lists
+    w = widen(ws[i], lows[i] if lows else None, torch.float32)
+    return w, gs[i].float(), [xs[i].to(torch.float32, copy=True) for xs in (firsts, seconds) if xs]
+
+
+def _row_dots(w: Tensor, g: Tensor, u: Tensor) -> Tensor:
+    return torch.stack([y.flatten(1).double().sum(1).float() for y in (w * g, g * g, w * w, w * u)])
+
+
+def _dots_reference(dots: list[Tensor], *arguments: Any) -> None:
+    *lists, ages, rate1, rate2, eps, nesterov, maximize = arguments
+    for i, out in enumerate(dots):
+        w, g, moments = _wide(lists, i)
+        u = _direction(g, moments, ages[i], (rate1, rate2), eps, nesterov, maximize)
+        out.copy_(_row_dots(w, g, u).view(out.shape))
+
+
+def _keyed_reference(*arguments: Any) -> None:
+    *lists, factors, keys, places, numbers, eps, delta, wd_ratio, nesterov, layer_view, maximize, stochastic = arguments
+    settings = (eps, delta, wd_ratio, nesterov, layer_view, maximize, stochastic)
+    lr, decay, rate1, rate2, *ages = numbers.tolist()
+    _step_reference(*lists, factors, keys.tolist(), places, ages, lr, decay, rate1, rate2, *settings)
+
+
+def _step_reference(*arguments: Any) -> None:
+    from slimstate.optim.adamp import radial_part, views_of
+    from slimstate.projections._rounding import Rounding, narrow_
+
+    *lists, factors, keys, places, ages, lr, decay, rate1, rate2, eps, delta, wd_ratio, nesterov = arguments[:-3]
+    layer_view, maximize, stochastic = arguments[-3:]
+    test = {"eps": eps, "delta": delta, "wd_ratio": wd_ratio, "layer_view": layer_view}
+    weights, _, firsts, seconds, lows = lists
+    for i, target in enumerate(weights):
+        if not target.numel():
+            continue
+        w, g, moments = _wide(lists, i)
+        u = _direction(g, moments, ages[i], (rate1, rate2), eps, nesterov, maximize)
+        factor: float | Tensor = 1 - lr * decay
+        if factors:
+            factor = factors[i].view(-1, *[1] * (w.ndim - 1)) if w.ndim else factors[i][0]
+        elif w.ndim > 1 and delta > 0:
+            dots = _row_dots(w, g, u).view(4, -1, *[1] * (w.ndim - 1))
+            q, radial = radial_part(views_of(dots, w[0].numel(), test), w.numel(), test)
+            factor = 1 - lr * decay * q + lr * radial
+        place = Place(*places[3 * i : 3 * i + 3]) if places else WHOLE
+        words = [PartKey(key, place) for key in keys[3 * i : 3 * i + 3]]
+        how = Rounding(words[0] if stochastic and words else None, lows[i] if lows else None)
+        narrow_(target, w * factor - u * lr, how)
+        for moment, value, word in zip([xs[i] for xs in (firsts, seconds) if xs], moments, words[1:], strict=False):
+            narrow_(moment, value, Rounding(word))
