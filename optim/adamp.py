@@ -36,6 +36,7 @@ from ._sharding import Sums, together
 __all__ = ["SGDP", "AdamP"]
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+ROUNDED = (WEIGHT, EXP_AVG, EXP_AVG_SQ)  # the purposes of random bits
 
 
 class Views(NamedTuple):
@@ -118,26 +119,21 @@ class TangentOptimizer(Optimizer):
                 continue
             parameter = parameter_of(x, group)
             if tangent_takes(parameter):
-                kinds = (x.p.device, *(y.dtype for y in (x.p, *parameter.moments)), x.sums is None)
-                alike.setdefault(kinds, []).append((x, parameter))
+                dtypes = tuple(y.dtype for y in (x.p, *parameter.moments))
+                alike.setdefault((x.p.device, dtypes, x.sums is None), []).append((x, parameter))
             else:
                 self._update(x, group)
-        for some in alike.values():
-            self._update_together(some, group)
-
-    def _update_together(self, some: list[tuple[Entry, Parameter]], group: Group) -> None:
-        entries, parameters = zip(*some, strict=True)
-        stored = {y.dtype for y in (entries[0].p, *parameters[0].moments)}
-        tangent_step_(
-            parameters,
-            self._rule(group),
-            lr=group["lr"],
-            decay=self._decay(group),
-            **{key: group[key] for key in ("delta", "wd_ratio", "layer_view")},
-            factors=[] if entries[0].sums is None else [self._factor(x, x.sums, group).flatten() for x in entries],
-            keys=[] if stored == {torch.float32} else [[x.key(i) for i in (WEIGHT, EXP_AVG, EXP_AVG_SQ)] for x in entries],
-            stochastic=group["stochastic_rounding"] is not False,
-        )
+        for (_, dtypes, _), some in alike.items():
+            tangent_step_(
+                [parameter for _, parameter in some],
+                self._rule(group),
+                lr=group["lr"],
+                decay=self._decay(group),
+                **{key: group[key] for key in ("delta", "wd_ratio", "layer_view")},
+                factors=[self._factor(x, x.sums, group).flatten() for x, _ in some if x.sums is not None],
+                keys=[[x.key(i) for i in ROUNDED] for x, _ in some if set(dtypes) != {torch.float32}],
+                stochastic=group["stochastic_rounding"] is not False,
+            )
 
     def _rule(self, group: Group) -> TangentRule:
         return TangentRule(self._rates(group), group["eps"], group["nesterov"], group["maximize"])

@@ -131,9 +131,9 @@ def test_dots_leave_everything_as_it_was():
 def test_unaligned_memory_changes_nothing(start):
     w, g, m, v = (torch.rand(6 * 50 + start) for _ in range(4))
     ends = []
-    for copied in (False, True):
-        parts = [y[start:].view(6, 50) if not copied else y[start:].clone().view(6, 50) for y in copy.deepcopy((w, g, m, v))]
-        x = Parameter(parts[0], parts[1], tuple(parts[2:]), 4)
+    for layout in (torch.clone, lambda y: y):
+        weight, grad, *moments = (layout(y[start:]).view(6, 50) for y in copy.deepcopy((w, g, m, v)))
+        x = Parameter(weight, grad, tuple(moments), 4)
         tangent_step_([x], RULE, lr=0.1, decay=0.1, delta=math.inf, wd_ratio=0.1, layer_view=True)
         ends.append((x.weight, *x.moments))
     assert all(map(torch.equal, *ends))
