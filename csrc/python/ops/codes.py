@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ._compiled import COMPILED, DEVICES
 from ._samples import Sample
