@@ -1,6 +1,6 @@
 """Adam: its hyperparameters, its step for dense parameters, and its direction for projected gradients."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from slimstate import ops
+from slimstate.ops import Dense, Key, adam_directions_, takes_adamw
 from slimstate.ops.codes import Layout
 from slimstate.projections._base import compute_dtype
 from slimstate.projections._blocks import blocks
@@ -15,18 +17,18 @@ from slimstate.projections._numbers import Number, lerp_, scalar
 from slimstate.projections._rounding import LOW_PRECISION, NEAREST, Rounding, narrow_, widen
 
 from ._base import Entry, Group, Spec
-from ._moments import MOMENT_DTYPES, WEIGHT, Moment, is_coded, moment_of, moment_spec
+from ._moments import EXP_AVG, EXP_AVG_SQ, MOMENT_DTYPES, WEIGHT, is_coded, moment_of, moment_spec
 
 __all__ = [
     "adam_directions",
     "adamw_step_",
-    "aged_direction_",
     "check_adam",
     "check_lr",
     "check_not_negative",
     "check_shared",
     "check_storage",
     "is_number",
+    "moment_keys",
     "moments_spec",
     "rounding",
     "take_",
@@ -124,8 +126,9 @@ def adamw_step_(entries: list[Entry], group: Group, *, scale: float = 1.0, aged:
         M \leftarrow \beta_1 M + (1-\beta_1) G, \quad V \leftarrow \beta_2 V + (1-\beta_2) G^2, \quad
         W \leftarrow (1-\eta\lambda) W - \eta \frac{M / (1-\beta_1^t)}{\sqrt{V / (1-\beta_2^t)} + \epsilon}.
 
-    float32 and float64 go through torch's fused kernel. Lower precision, moments of another dtype and strided memory
-    go through the same kernel in wide copies of a few MiB, and are rounded on the way back.
+    float32 and float64 go through torch's fused kernel; lower precision and moments of another dtype through our own
+    where it is compiled. The rest, and strided memory, goes through torch's kernel in wide copies of a few MiB, and is
+    rounded on the way back.
 
     Args:
         entries: the parameters.
@@ -136,17 +139,30 @@ def adamw_step_(entries: list[Entry], group: Group, *, scale: float = 1.0, aged:
     lr, weight_decay = scale * group["lr"], group["weight_decay"] / scale
     whole: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     ages: list[Number] = []
+    passes: list[Dense] = []
     for x in entries:
         age = x.age if aged else x.step
         parts = (x.p, x.grad, x.state["exp_avg"], x.state["exp_avg_sq"])
         if all(y.is_contiguous() and y.dtype == x.p.dtype for y in parts) and x.p.dtype not in LOW_PRECISION:
             whole.append(parts)
             ages.append(age)
+        elif takes_adamw(one := _dense(x, age, group)):
+            passes.append(one)
         else:
             _step_in_blocks_(x, age, lr, weight_decay, group)
+    numbers = {key: group[key] for key in ("betas", "eps", "maximize")}
+    ops.adamw_step_(passes, lr=lr, weight_decay=weight_decay, **numbers)
     if whole:
         ps, grads, exp_avgs, exp_avg_sqs = (list(tensors) for tensors in zip(*whole, strict=True))
         _fused_(ps, grads, exp_avgs, exp_avg_sqs, ages, lr, weight_decay, group)
+
+
+def _dense(x: Entry, age: Number, group: Group) -> Dense:
+    """What the compiled op goes by."""
+    m, v = (moment_of(x, key) for key in ("exp_avg", "exp_avg_sq"))
+    scales = None if m.scale is None or v.scale is None else (m.scale, v.scale)
+    keys = (x.key(m.purpose), x.key(v.purpose)) if m.kept.dtype in LOW_PRECISION else None
+    return Dense(x.p, x.grad, m.kept, v.kept, age, scales, rounding(x, group), keys)
 
 
 def _step_in_blocks_(x: Entry, age: Number, lr: Number, weight_decay: float, group: Group) -> None:
@@ -261,7 +277,7 @@ def adam_directions(
     entries: Sequence[Entry],
     rs: list[Tensor],
     group: Group,
-    ages: list[Number],
+    ages: Sequence[Number],
     keys: tuple[str, str] = ("exp_avg", "exp_avg_sq"),
 ) -> list[Tensor]:
     r"""Takes projected gradients R into the moments of their parameters, and returns the directions in the subspaces:
@@ -272,66 +288,47 @@ def adam_directions(
 
     Args:
         entries: the parameters.
-        rs: R (r x k) of each, in the dtype of arithmetic.
+        rs: R (r x k) of each, or a stack of them, in the dtype of arithmetic; overwritten.
         group: the hyperparameters; `maximize` turns U around.
-        ages: t of each, the number of gradients in its moments, this one included.
+        ages: t of each, the number of gradients in its moments, this one included: a number, or int32 (r,) or (b, r)
+            where rows differ.
         keys: the names of M and V in the state; others than these must be in R's dtype.
 
     Returns:
-        U of each, of R's shape.
+        U of each, which takes the place of R.
     """
-    kept = [[moment_of(x, key) for x in entries] for key in keys]
-    m, v = wide = [[y.read(r.dtype) for y, r in zip(moments, rs, strict=True)] for moments in kept]
-    us = [torch.zeros_like(r) for r in rs]  # a weight of zero that takes one step of size 1 becomes the direction
-    _fused_(us, rs, m, v, ages, 1.0, 0.0, group)
-    for moments, values in zip(kept, wide, strict=True):
-        for moment, value in zip(moments, values, strict=True):
-            moment.write_(value)
-    return us
+    betas, eps, maximize = group["betas"], group["eps"], group["maximize"]
+    plain: list[int] = []
+    for i, (x, r) in enumerate(zip(entries, rs, strict=True)):
+        moments = [moment_of(x, key) for key in keys]
+        if not is_coded(moments):
+            plain.append(i)
+            continue
+        for s in blocks(r, -1, r.itemsize):  # of columns, since the blocks of codes go down them
+            parts = [moment.columns(s) for moment in moments]
+            m, v = (part.read(r.dtype) for part in parts)
+            adam_directions_([r[..., s]], [m], [v], [ages[i]], betas=betas, eps=eps, maximize=maximize)
+            for part, value in zip(parts, (m, v), strict=True):
+                part.write_(value)
+    first, second = ([entries[i].state[key] for i in plain] for key in keys)
+    adam_directions_(
+        [rs[i] for i in plain],
+        first,
+        second,
+        [ages[i] for i in plain],
+        betas=betas,
+        eps=eps,
+        maximize=maximize,
+        keys=moment_keys([entries[i] for i in plain], first),
+    )
+    return rs
 
 
-def aged_direction_(x: Entry, r: Tensor, group: Group, ages: Tensor) -> Tensor:
-    r"""As `adam_directions`, for one parameter whose moments differ in age from row to row; U takes the place of R.
-
-    Row i is corrected by its own :math:`1-\beta^{t_i}`, which no fused kernel does.
-
-    Args:
-        x: the parameter.
-        r: R (r x k) or a stack of them, in the dtype of arithmetic; overwritten.
-        group: the hyperparameters; `maximize` turns U around.
-        ages: t of each row (r,) or (b, r), at least 1, this step included.
-
-    Returns:
-        U, of R's shape.
-    """
-    beta1, beta2 = group["betas"]
-    t = ages.unsqueeze(-1).double()
-    bias1, bias2 = ((1 - beta**t).to(r.dtype) for beta in (beta1, beta2))
-    if not group["maximize"]:
-        bias1.neg_()
-    moments = [moment_of(x, key) for key in ("exp_avg", "exp_avg_sq")]
-    for g, first, second, parts in _pieces(r, bias1, bias2, moments):
-        m, v = (part.read(r.dtype) for part in parts)
-        take_(m, v, g, beta1, beta2)
-        root = (v / second).sqrt_().add_(group["eps"])
-        torch.div(m, first, out=g).div_(root)
-        for part, value in zip(parts, (m, v), strict=True):
-            part.write_(value)
-    return r
-
-
-def _pieces(
-    r: Tensor, bias1: Tensor, bias2: Tensor, moments: list[Moment]
-) -> Iterator[tuple[Tensor, Tensor, Tensor, list[Moment]]]:
-    """Blocks of R and what goes with them: of columns for codes, whose blocks go down them, and else of rows."""
-    if is_coded(moments):
-        for s in blocks(r, -1, r.itemsize):
-            yield r[..., s], bias1, bias2, [moment.columns(s) for moment in moments]
-        return
-    rows, bias1, bias2 = (y.flatten(0, -2) for y in (r, bias1, bias2))
-    moments = [moment._replace(kept=moment.kept.flatten(0, -2)) for moment in moments]
-    for s in blocks(rows, 0, r.itemsize):
-        yield rows[s], bias1[s], bias2[s], [moment.rows(s) for moment in moments]
+def moment_keys(entries: Sequence[Entry], moments: list[Tensor]) -> list[tuple[Key, Key]]:
+    """What the random bits of moments go by, for a list of which any are rounded."""
+    if all(moment.dtype in (torch.float32, torch.float64) for moment in moments):
+        return []
+    return [(x.key(EXP_AVG), x.key(EXP_AVG_SQ)) for x in entries]
 
 
 def take_(m: Tensor, v: Tensor, g: Tensor, beta1: Number, beta2: Number) -> None:

@@ -16,7 +16,7 @@ from slimstate.projections._base import compute_dtype
 from slimstate.projections._blocks import blocks, largest_magnitude
 from slimstate.projections._dictionary import Columns, FixedDictionary, SomeRows
 
-from ._adam import aged_direction_, rounding
+from ._adam import adam_directions, rounding
 from ._base import Group, Spec, refuse
 from ._moments import Moment, is_coded, moment_of, store_
 from ._projected import DEFAULT_RANK, Matrix, ProjectedOptimizer, Task, counts_apart, tasks_of
@@ -89,8 +89,9 @@ class DCTAdamW(ProjectedOptimizer):
             dtype; `8bit` or `4bit`, rounded at random and without bias to 255 or 15 levels between plus and minus the
             largest magnitude in each column of G.
         maximize: ascend instead.
-        moment_dtype: `float32`, `bfloat16` (rounded stochastically) or `param` (the parameter's); None means float32,
-            and float64 for float64 parameters.
+        moment_dtype: `float32`, `bfloat16` (rounded stochastically), `param` (the parameter's) or `8bit` (codes with a
+            scale for 256 of them; float32 where those would save little or harm, see `docs/precision.md`); None means
+            float32, and float64 for float64 parameters.
         stochastic_rounding: of weights in bfloat16 and float16; None means on.
         compensation: instead, round weights in bfloat16 and float16 to nearest and keep what that takes away: training
             is then that of float32 weights, at 2 bytes a weight more of state.
@@ -311,11 +312,12 @@ class DCTAdamW(ProjectedOptimizer):
                 for j in range(math.prod(x.view.lead)):
                     self._keep_error_(x, group, j, projection, x.member(r, j))
             x.state["ages"] += 1
+            (u,) = adam_directions([x], [r], group, [x.state["ages"]])
             projection.write_back_(
                 x.p,
                 x.view,
                 x.state["index"],
-                aged_direction_(x, r, group, x.state["ages"]),
+                u,
                 alpha=lr * group["scale"],
                 beta=1 - lr * group["weight_decay"],
                 rounding=rounding(x, group),

@@ -82,7 +82,8 @@ def test_codes_are_those_of_a_search_for_the_nearest_value(signed):
     found = codes_of._nearest(x, signed)
     assert torch.equal(found, torch.bucketize(x, between, out_int32=True).to(torch.uint8))
     distances = (values.double() - x.double()[:, None]).abs()
-    assert torch.equal(distances.gather(1, found.long()[:, None])[:, 0], distances.amin(1))
+    # What is half way is rounded to float32.
+    assert (distances.gather(1, found.long()[:, None])[:, 0] <= distances.amin(1) + 2e-7 * x.abs()).all()
 
 
 @given(

@@ -9,7 +9,9 @@ reference and fuses it, which an opaque op would prevent.
 """
 
 from ._compiled import COMPILED, DEVICES
+from .adamw import Dense, adamw_step_, takes_adamw
 from .codes import decode, encode_
+from .directions import adam_direction_reference_, adam_directions_
 from .keys import WHOLE, Key, PartKey, Place, counter_key
 from .residual import (
     scaled_residual_,
@@ -18,14 +20,21 @@ from .residual import (
     sign_residual_reference_,
 )
 from .rounding import stochastic_round_, stochastic_round_reference_
+from .split import Split, SplitRule, split_, takes_split
 
 __all__ = [
     "COMPILED",
     "DEVICES",
     "WHOLE",
+    "Dense",
     "Key",
     "PartKey",
     "Place",
+    "Split",
+    "SplitRule",
+    "adam_direction_reference_",
+    "adam_directions_",
+    "adamw_step_",
     "counter_key",
     "decode",
     "encode_",
@@ -33,6 +42,9 @@ __all__ = [
     "scaled_residual_reference_",
     "sign_residual_",
     "sign_residual_reference_",
+    "split_",
     "stochastic_round_",
     "stochastic_round_reference_",
+    "takes_adamw",
+    "takes_split",
 ]
