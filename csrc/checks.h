@@ -157,7 +157,6 @@ inline SplitKind check_split(const std::vector<torch::stable::Tensor>& ps,
 
 inline bool are_rows(const torch::stable::Tensor& x) { return x.dim() == 2 && (x.size(1) < 2 || x.stride(1) == 1); }
 
-
 inline void check_residual(const char* op, const torch::stable::Tensor& w, const torch::stable::Tensor& g,
                            const torch::stable::Tensor& along) {
   using torch::headeronly::ScalarType;
