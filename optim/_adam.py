@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from slimstate.ops import Key, adam_directions_
+from slimstate import ops
+from slimstate.ops import Dense, Key, adam_directions_, takes_adamw
 from slimstate.ops.codes import Layout
 from slimstate.projections._base import compute_dtype
 from slimstate.projections._blocks import blocks
@@ -125,8 +126,9 @@ def adamw_step_(entries: list[Entry], group: Group, *, scale: float = 1.0, aged:
         M \leftarrow \beta_1 M + (1-\beta_1) G, \quad V \leftarrow \beta_2 V + (1-\beta_2) G^2, \quad
         W \leftarrow (1-\eta\lambda) W - \eta \frac{M / (1-\beta_1^t)}{\sqrt{V / (1-\beta_2^t)} + \epsilon}.
 
-    float32 and float64 go through torch's fused kernel. Lower precision, moments of another dtype and strided memory
-    go through the same kernel in wide copies of a few MiB, and are rounded on the way back.
+    float32 and float64 go through torch's fused kernel; lower precision and moments of another dtype through our own
+    where it is compiled. The rest, and strided memory, goes through torch's kernel in wide copies of a few MiB, and is
+    rounded on the way back.
 
     Args:
         entries: the parameters.
@@ -137,17 +139,30 @@ def adamw_step_(entries: list[Entry], group: Group, *, scale: float = 1.0, aged:
     lr, weight_decay = scale * group["lr"], group["weight_decay"] / scale
     whole: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     ages: list[Number] = []
+    passes: list[Dense] = []
     for x in entries:
         age = x.age if aged else x.step
         parts = (x.p, x.grad, x.state["exp_avg"], x.state["exp_avg_sq"])
         if all(y.is_contiguous() and y.dtype == x.p.dtype for y in parts) and x.p.dtype not in LOW_PRECISION:
             whole.append(parts)
             ages.append(age)
+        elif takes_adamw(one := _dense(x, age, group)):
+            passes.append(one)
         else:
             _step_in_blocks_(x, age, lr, weight_decay, group)
+    numbers = {key: group[key] for key in ("betas", "eps", "maximize")}
+    ops.adamw_step_(passes, lr=lr, weight_decay=weight_decay, **numbers)
     if whole:
         ps, grads, exp_avgs, exp_avg_sqs = (list(tensors) for tensors in zip(*whole, strict=True))
         _fused_(ps, grads, exp_avgs, exp_avg_sqs, ages, lr, weight_decay, group)
+
+
+def _dense(x: Entry, age: Number, group: Group) -> Dense:
+    """What the compiled op goes by."""
+    m, v = (moment_of(x, key) for key in ("exp_avg", "exp_avg_sq"))
+    scales = None if m.scale is None or v.scale is None else (m.scale, v.scale)
+    keys = (x.key(m.purpose), x.key(v.purpose)) if m.kept.dtype in LOW_PRECISION else None
+    return Dense(x.p, x.grad, m.kept, v.kept, age, scales, rounding(x, group), keys)
 
 
 def _step_in_blocks_(x: Entry, age: Number, lr: Number, weight_decay: float, group: Group) -> None:

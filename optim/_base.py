@@ -166,7 +166,11 @@ class Optimizer(torch.optim.Optimizer):
 
     def _has_shape(self, p: Tensor, group: Group) -> bool:
         """Whether a step treats this parameter by its shape, and would treat it otherwise if it were flattened."""
-        return False
+        return self._has_codes(p, group)
+
+    def _has_codes(self, p: Tensor, group: Group) -> bool:
+        """Whether its moments are kept in 8 bits."""
+        return group.get("moment_dtype") == CODED and not SCALES.keys().isdisjoint(self._spec(p, group))
 
     def _part(self, p: Tensor, group: Group) -> Part | None:
         """Where what this process holds of a parameter lies in it; None where it is whole.
@@ -183,9 +187,9 @@ class Optimizer(torch.optim.Optimizer):
             ValueError: for a way to divide it that this optimizer cannot step with; says what to use.
         """
         part = self._part(p, group)
-        if part is None or group.get("moment_dtype") != CODED or not part.divides("".join(map(str, range(1, p.ndim)))):
+        if part is None or self._layout(p, group) != "rows" or not part.divides("".join(map(str, range(1, p.ndim)))):
             return
-        if self._layout(p, group) == "rows" and not SCALES.keys().isdisjoint(self._spec(p, group)):
+        if self._has_codes(p, group):
             raise ValueError(
                 f"moment_dtype='8bit' keeps moments in blocks along rows, which processes divide of a parameter of "
                 f"shape {tuple(p.shape)}, {', '.join(map(str, part.placements))}: use moment_dtype='bfloat16' for it, "

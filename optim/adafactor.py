@@ -113,7 +113,8 @@ class GaLoreAdafactor(ProjectedOptimizer):
         transport: what becomes of the statistics at a refresh: `rotate` (default) carries them into the new basis,
             `keep` leaves the numbers, `reset` forgets them and their age (in a stack of matrices those of all).
         maximize: ascend instead.
-        moment_dtype: of the first moment: `float32`, `bfloat16` (rounded stochastically) or `param` (the parameter's);
+        moment_dtype: of the first moment: `float32`, `bfloat16` (rounded stochastically), `param` (the parameter's) or
+            `8bit` (codes with a scale for 256 of them, see `docs/precision.md`; not of stacks that are not projected);
             None means float32, and float64 for float64 parameters. The statistics, few and of squares, are always so.
         stochastic_rounding: of weights in bfloat16 and float16; None means on.
         compensation: instead, round weights in bfloat16 and float16 to nearest and keep what that takes away: training

@@ -125,7 +125,7 @@ DRAWN = ("power", "random", "columns", "rows", "entries")
 
 
 def moments_of(state):
-    return [key for key in state if key.startswith(("exp_avg", "momentum_buffer"))]
+    return [key for key in state if key.startswith(("exp_avg", "momentum_buffer")) and key not in _moments.SCALES]
 
 
 def model(dtype=torch.float32, seed=0):

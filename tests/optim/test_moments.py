@@ -82,7 +82,8 @@ def test_codes_are_those_of_a_search_for_the_nearest_value(signed):
     found = codes_of._nearest(x, signed)
     assert torch.equal(found, torch.bucketize(x, between, out_int32=True).to(torch.uint8))
     distances = (values.double() - x.double()[:, None]).abs()
-    assert torch.equal(distances.gather(1, found.long()[:, None])[:, 0], distances.amin(1))
+    # What is half way is rounded to float32.
+    assert (distances.gather(1, found.long()[:, None])[:, 0] <= distances.amin(1) + 2e-7 * x.abs()).all()
 
 
 @given(
@@ -415,7 +416,9 @@ def test_codes_that_do_not_fit_are_refused_whole(kind, key, edit, message, wide)
     other = kind(net.parameters())
     train(net, other, 2, 3)
     before = copy.deepcopy(other.state_dict())
-    with pytest.raises(ValueError, match=wide or message if kind is AdamW else f"'{key}' of parameter number 4 {message}"):
+    with pytest.raises(
+        ValueError, match=wide or message if kind is AdamW else f"'{key}' of parameter number 4 {message}"
+    ):
         other.load_state_dict(saved)
     assert_equal(other.state_dict(), before)
 
