@@ -397,7 +397,7 @@ class FRUGAL(ProjectedOptimizer):
             if others:
                 left.append((others, projection))
         if splits:
-            split_(splits, _rule(group))
+            split_(splits, _rule(group, columns=group["projection"] != "rows"))
         super()._step_group(group, entries._replace(matrices=left))
 
     def _update(
@@ -413,7 +413,7 @@ class FRUGAL(ProjectedOptimizer):
             decay, step = 1 - lr * group["weight_decay"], lr * group["scale"]
             if isinstance(projection, Coordinates):
                 if (split := split_of(x, group, projection, u)) is not None:
-                    split_([split], _rule(group))
+                    split_([split], _rule(group, columns=projection.axis != "rows"))
                 else:
                     index = x.state[projection.key]
                     rows = projection.take(x.p, x.view, index, how.low).mul_(decay).add_(u.mul_(step))
@@ -446,11 +446,11 @@ def split_of(
     return split if takes_split(split) else None
 
 
-def _rule(group: Group) -> SplitRule:
+def _rule(group: Group, *, columns: bool) -> SplitRule:
     """What a split step does."""
     step = group["lr"] * group["scale"]
     return SplitRule(
-        columns=group["projection"] in ("columns", "entries"),
+        columns=columns,
         outer=group["outer"],
         decay=1 - group["lr"] * group["weight_decay"],
         step=step,
@@ -474,7 +474,7 @@ def outer_steps_(entries: list[Entry], group: Group) -> None:
         elif (edit := _outside(x, group)) is not None:
             rewrite_(x.p, view, edit, compute_dtype(x.p.dtype), how)
     if splits:
-        split_(splits, _rule(group))
+        split_(splits, _rule(group, columns=False))
 
 
 def _plain(x: Entry, group: Group) -> MatrixView:
