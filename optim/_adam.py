@@ -215,27 +215,46 @@ def _adamw_(
     weight_decay: float,
     maximize: bool,
 ) -> None:
-    fused = params[0].device.type in FUSED_DEVICES
-    # One less, since the kernel counts by itself; on the device for it, and where Python reads it otherwise.
-    devices = [p.device if fused else torch.device("cpu") for p in params]
-    before = [torch.full((), age - 1, dtype=torch.float32, device=d) for age, d in zip(ages, devices, strict=True)]
-    adamw(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        [],
-        before,
-        fused=fused,
-        foreach=False,
-        amsgrad=False,
-        beta1=beta1,
-        beta2=beta2,
-        lr=lr,
-        weight_decay=weight_decay,
-        eps=eps,
-        maximize=maximize,
-    )
+    if params[0].device.type not in FUSED_DEVICES:
+        before = [torch.full((), age - 1, dtype=torch.float32) for age in ages]  # one less: torch counts by itself
+        adamw(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            [],
+            before,
+            foreach=False,
+            fused=False,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=eps,
+            maximize=maximize,
+        )
+        return
+    alike: dict[Any, list[int]] = {}
+    for i, (p, age) in enumerate(zip(params, ages, strict=True)):
+        alike.setdefault((p.device, p.dtype, age), []).append(i)
+    for (device, _, age), places in alike.items():
+        step = torch.full((), age, dtype=torch.float32, device=device)  # which the kernel only reads
+        torch._fused_adamw_(
+            [params[i] for i in places],
+            [grads[i] for i in places],
+            [exp_avgs[i] for i in places],
+            [exp_avg_sqs[i] for i in places],
+            [],
+            [step] * len(places),
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=maximize,
+        )
 
 
 @torch.library.custom_op("slimstate::adamw_", mutates_args=("params", "exp_avgs", "exp_avg_sqs"))

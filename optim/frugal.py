@@ -23,7 +23,7 @@ from slimstate.projections._numbers import addmm_
 from ._adam import check_adam, is_number, rounding, weight_spec
 from ._base import Entry, Group, Spec, State, refuse
 from ._loading import misfit
-from ._projected import Matrix, ProjectedOptimizer
+from ._projected import Matrix, ProjectedOptimizer, view_of
 from ._rules import RULES, directions, rule_spec, whole_step_
 from ._sharding import Part
 
@@ -255,7 +255,7 @@ class FRUGAL(ProjectedOptimizer):
         if group["density"] == 0:
             return 0.0
         projection = self._projection(group)
-        view = projection.view(tuple(p.shape), group["batch_dims"])
+        view = view_of(projection, tuple(p.shape), group["batch_dims"])
         return projection.rank_of(view.d, view.k) / view.d
 
     def _report_clamped(self, group: Group) -> None:
