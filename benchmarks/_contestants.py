@@ -138,6 +138,8 @@ class Floor:
         flops: operations of products and transforms.
         dense: bytes of state for each weight of what is not projected.
         share: the rank as a share of d; None: the problem's.
+        factored: instead, of what is not projected, matrices keep their rows' and columns' sums, and vectors a number
+            for each weight.
     """
 
     state: Callable[[Matrix], float]
@@ -145,19 +147,25 @@ class Floor:
     flops: Callable[[Matrix], float] = lambda x: 0
     dense: float = 2 * FLOAT
     share: float | None = None
+    factored: bool = False
 
     def kept(self, size: Size) -> float:
         """Bytes of state, without the counters of each tensor."""
-        return self._sum(self.state, size) + self.dense * size.others
+        return self._sum(self.state, size) + self._others(size)
 
     def moved(self, size: Size, itemsize: int) -> float:
         """Bytes read and written in a step."""
         weights = 3 * itemsize * (size.weights + size.others)
-        return weights + self._sum(self.traffic, size) + 2 * self.dense * size.others
+        return weights + self._sum(self.traffic, size) + 2 * self._others(size)
 
     def operations(self, size: Size) -> float:
         """Of a step."""
         return self._sum(self.flops, size)
+
+    def _others(self, size: Size) -> float:
+        if self.factored:
+            return FLOAT * (sum(map(sum, size.tables)) + sum(size.vectors))
+        return self.dense * size.others
 
     def _sum(self, formula: Callable[[Matrix], float], size: Size) -> float:
         share = self.share
@@ -226,7 +234,7 @@ ADAFACTOR = Floor(
     state=lambda x: FLOAT * (x.d * x.rank + x.rank + x.k),
     traffic=lambda x: 2 * FLOAT * x.d * x.rank,
     flops=lambda x: 4 * x.rank * x.weights,
-    dense=0,
+    factored=True,
 )
 
 
@@ -347,7 +355,7 @@ def sampled(problem: Problem, sampler: type[LISA | OwLore], make: Callable[[Prob
     return Runner(step, runner.optimizer, prepare)
 
 
-SAMPLED = ("60m-body", "small")
+FEW_SIZES = ("60m-body", "small")
 OURS: dict[str, Contestant] = {
     "AdamW": Contestant(partial(ours, kind=AdamW), floor=dense(2 * FLOAT)),
     "AdamW, bfloat16 moments": Contestant(partial(ours, kind=AdamW, moment_dtype="bfloat16"), floor=dense(4)),
@@ -396,15 +404,15 @@ OURS: dict[str, Contestant] = {
     "DCTAdamW, hadamard, rank 3/4": Contestant(
         partial(projected, kind=DCTAdamW, projection="hadamard", rank=0.75),
         floor=fixed(math.log2, share=0.75),
-        sizes=("60m-body",),
+        sizes=FEW_SIZES,
     ),
     "AdamP": Contestant(partial(ours, kind=AdamP), floor=dense(2 * FLOAT, again=3 * FLOAT)),
     "SGDP": Contestant(partial(ours, kind=SGDP, momentum=0.9), beside=SGD, floor=dense(FLOAT, again=2 * FLOAT)),
     "LISA, 2 layers awake, AdamW": Contestant(
-        partial(sampled, sampler=LISA, make=partial(ours, kind=AdamW)), sizes=SAMPLED
+        partial(sampled, sampler=LISA, make=partial(ours, kind=AdamW)), sizes=FEW_SIZES
     ),
     "OwLore, 2 layers awake, GaLoreAdamW": Contestant(
-        partial(sampled, sampler=OwLore, make=partial(projected, kind=GaLoreAdamW)), sizes=SAMPLED
+        partial(sampled, sampler=OwLore, make=partial(projected, kind=GaLoreAdamW)), sizes=FEW_SIZES
     ),
 }
 
@@ -466,7 +474,6 @@ def from_torchao(name: str) -> Callable[[Problem], Runner]:
 GALORE = {"scale": 0.25, "proj_type": "std"}
 APOLLO = {"scale": 1.0, "proj_type": "std", "proj": "random", "scale_type": "channel"}
 ADAFACTOR_SETTINGS = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
-BODY = ("60m-body", "small")
 PEERS: dict[str, Contestant] = {
     "galore-torch GaLoreAdamW": Contestant(
         by_rank("galore_torch", "GaLoreAdamW", GALORE, no_deprecation_warning=True), "galore-torch", beside=PRODUCTS
@@ -475,7 +482,7 @@ PEERS: dict[str, Contestant] = {
         by_rank("galore_torch", "GaLoreAdafactor", GALORE, **ADAFACTOR_SETTINGS),
         "galore-torch",
         beside=PRODUCTS,
-        sizes=BODY,
+        sizes=FEW_SIZES,
     ),
     "galore-torch GaLoreAdamW8bit": Contestant(
         without_synchronize(by_rank("galore_torch", "GaLoreAdamW8bit", GALORE)),
@@ -490,7 +497,7 @@ PEERS: dict[str, Contestant] = {
     "apollo-torch APOLLO-Mini": Contestant(
         by_rank("apollo_torch", "APOLLOAdamW", APOLLO | {"rank": 1, "scale": 128.0, "scale_type": "tensor"}),
         "apollo-torch",
-        sizes=BODY,
+        sizes=FEW_SIZES,
     ),
     "fira FiraAdamW": Contestant(
         by_rank("fira", "FiraAdamW", {"alpha": 0.25, "proj_type": "std"}, no_deprecation_warning=True),
@@ -500,13 +507,13 @@ PEERS: dict[str, Contestant] = {
     ),
     "adamp AdamP": Contestant(partial(peer, package="adamp", name="AdamP", settings={}), "adamp"),
     "adamp SGDP": Contestant(
-        partial(peer, package="adamp", name="SGDP", settings={"momentum": 0.9}), "adamp", beside=SGD, sizes=BODY
+        partial(peer, package="adamp", name="SGDP", settings={"momentum": 0.9}), "adamp", beside=SGD, sizes=FEW_SIZES
     ),
     "pytorch-optimizer GaLore": Contestant(
         by_rank("pytorch_optimizer", "GaLore", {"scale": 0.25, "projection_type": "std"}),
         "pytorch-optimizer",
         beside=PRODUCTS,
-        sizes=BODY,
+        sizes=FEW_SIZES,
     ),
     "pytorch-optimizer AdaFactor": Contestant(
         partial(
@@ -516,19 +523,19 @@ PEERS: dict[str, Contestant] = {
             settings={"scale_parameter": False, "relative_step": False},
         ),
         "pytorch-optimizer",
-        sizes=BODY,
+        sizes=FEW_SIZES,
     ),
     "pytorch-optimizer AdamP": Contestant(
-        partial(peer, package="pytorch_optimizer", name="AdamP", settings={}), "pytorch-optimizer", sizes=BODY
+        partial(peer, package="pytorch_optimizer", name="AdamP", settings={}), "pytorch-optimizer", sizes=FEW_SIZES
     ),
     "bitsandbytes AdamW": Contestant(
-        partial(peer, package="bitsandbytes.optim", name="AdamW", settings={}), "bitsandbytes", sizes=BODY
+        partial(peer, package="bitsandbytes.optim", name="AdamW", settings={}), "bitsandbytes", sizes=FEW_SIZES
     ),
     "bitsandbytes AdamW8bit": Contestant(
         partial(peer, package="bitsandbytes.optim", name="AdamW8bit", settings={}), "bitsandbytes"
     ),
-    "torchao AdamW8bit, compiled": Contestant(from_torchao("AdamW8bit"), "torchao", sizes=BODY[:1]),
-    "torchao AdamW4bit, compiled": Contestant(from_torchao("AdamW4bit"), "torchao", sizes=BODY[:1]),
+    "torchao AdamW8bit, compiled": Contestant(from_torchao("AdamW8bit"), "torchao", sizes=("60m-body",)),
+    "torchao AdamW4bit, compiled": Contestant(from_torchao("AdamW4bit"), "torchao", sizes=("60m-body",)),
     FOREACH: Contestant(partial(torchs, foreach=True), "torch", floor=dense(2 * FLOAT)),
     LOOP: Contestant(partial(torchs, foreach=False), "torch", floor=dense(2 * FLOAT)),
 }

@@ -62,7 +62,7 @@ def main() -> None:
                 steps[key] = {n: figure(problem, r) for n, r in found.items()}
             small = Problem(shrunk(size), DTYPES[dtype], args.device)
             overhead = {n: figure(small, r) for n, r in measure(small, taking_part, args.rounds, quiet).items()}
-            rows = {}
+            rows: dict[str, dict[str, float]] = {}
             for n, contestant in ({ADAMW: REFERENCES[ADAMW]} | taking_part).items():
                 if "seconds" not in steps[key].get(n, {}) or "seconds" not in overhead[n]:
                     continue
