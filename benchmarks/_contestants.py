@@ -56,7 +56,7 @@ class Size:
 SIZES = {
     "60m-body": Size(tuple(BODIES["60m"]), 128),
     "60m": Size(tuple(BODIES["60m"]), 128, ((32000, 512),) * 2, (512,) * 17),
-    "1b-layer": Size(tuple(BODIES["1b-layer"]), 512),
+    "1b-layer": Size(tuple(BODIES["1b-layer"]), 128),
     "1b": Size(tuple(BODIES["1b"]), 512),
     "small": Size(tuple(BODIES["tiny"]), 16, ((1000, 64),) * 2, (64,) * 5),
 }
@@ -258,6 +258,7 @@ class Contestant:
         floor: what it cannot do without, where a formula is known.
         sizes: where it takes part; None is everywhere.
         shim: what a peer needs before it runs here.
+        in_low_precision: whether it is timed with low-precision weights on a CPU too.
     """
 
     build: Callable[[Problem], Runner]
@@ -266,6 +267,7 @@ class Contestant:
     floor: Floor | None = None
     sizes: tuple[str, ...] | None = None
     shim: str = ""
+    in_low_precision: bool = True
 
 
 def on(problem: Problem, optimizer: torch.optim.Optimizer) -> Runner:
@@ -483,6 +485,7 @@ PEERS: dict[str, Contestant] = {
         "galore-torch",
         beside=PRODUCTS,
         sizes=FEW_SIZES,
+        in_low_precision=False,
     ),
     "galore-torch GaLoreAdamW8bit": Contestant(
         without_synchronize(by_rank("galore_torch", "GaLoreAdamW8bit", GALORE)),
@@ -490,9 +493,13 @@ PEERS: dict[str, Contestant] = {
         beside=PRODUCTS,
         sizes=("60m-body", "60m", "small", "1b"),
         shim="it calls torch.cuda.synchronize after each parameter; without a GPU that is left out",
+        in_low_precision=False,
     ),
     "apollo-torch APOLLOAdamW": Contestant(
-        by_rank("apollo_torch", "APOLLOAdamW", APOLLO), "apollo-torch", beside=PRODUCTS
+        by_rank("apollo_torch", "APOLLOAdamW", APOLLO),
+        "apollo-torch",
+        beside=PRODUCTS,
+        in_low_precision=False,
     ),
     "apollo-torch APOLLO-Mini": Contestant(
         by_rank("apollo_torch", "APOLLOAdamW", APOLLO | {"rank": 1, "scale": 128.0, "scale_type": "tensor"}),
@@ -504,6 +511,7 @@ PEERS: dict[str, Contestant] = {
         "fira",
         beside=PRODUCTS,
         sizes=("60m-body", "60m", "small", "1b"),
+        in_low_precision=False,
     ),
     "adamp AdamP": Contestant(partial(peer, package="adamp", name="AdamP", settings={}), "adamp"),
     "adamp SGDP": Contestant(
@@ -514,6 +522,7 @@ PEERS: dict[str, Contestant] = {
         "pytorch-optimizer",
         beside=PRODUCTS,
         sizes=FEW_SIZES,
+        in_low_precision=False,
     ),
     "pytorch-optimizer AdaFactor": Contestant(
         partial(
@@ -534,8 +543,9 @@ PEERS: dict[str, Contestant] = {
     "bitsandbytes AdamW8bit": Contestant(
         partial(peer, package="bitsandbytes.optim", name="AdamW8bit", settings={}), "bitsandbytes"
     ),
-    "torchao AdamW8bit, compiled": Contestant(from_torchao("AdamW8bit"), "torchao", sizes=("60m-body",)),
-    "torchao AdamW4bit, compiled": Contestant(from_torchao("AdamW4bit"), "torchao", sizes=("60m-body",)),
+    "torchao AdamW8bit, compiled": Contestant(
+        from_torchao("AdamW8bit"), "torchao", sizes=("60m-body",), in_low_precision=False
+    ),
     FOREACH: Contestant(partial(torchs, foreach=True), "torch", floor=dense(2 * FLOAT)),
     LOOP: Contestant(partial(torchs, foreach=False), "torch", floor=dense(2 * FLOAT)),
 }

@@ -40,8 +40,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Counts the bytes of state and of temporaries of each optimizer.")
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
-    add("--sizes", nargs="+", choices=SIZES, default=["60m-body", "60m", "1b-layer"], metavar="SIZE",
-        help=f"of {', '.join(SIZES)} (default: 60m-body 60m 1b-layer)")  # fmt: skip
+    add("--sizes", nargs="+", choices=SIZES, default=["60m", "1b-layer"], metavar="SIZE",
+        help=f"of {', '.join(SIZES)} (default: 60m 1b-layer)")  # fmt: skip
     add("--only", nargs="+", default=["*"], metavar="PATTERN", help="optimizers whose name matches one of these")
     add("--no-peers", action="store_true", help="this package and torch alone")
     add("--markdown", type=Path, metavar="FILE", help="write the report there")

@@ -51,8 +51,10 @@ from _contestants import (
     stand_in_decompositions,
 )
 
-HEAT = 8
+HEAT = {"cpu": 8, "cuda": 3}
 """So many contestants are alive at a time: their states would not all fit into memory."""
+
+ROUNDS = {"cpu": 9, "cuda": 100}
 
 SLOW = 0.4
 """A contestant whose step takes more seconds than this gets a third of the turns."""
@@ -83,7 +85,7 @@ def main() -> None:
     add("--sizes", nargs="+", choices=SIZES, metavar="SIZE", help=f"of {', '.join(SIZES)} (default: all of the device)")
     add("--dtypes", nargs="+", choices=DTYPES, default=[], help="(default: float32, and bfloat16 on the first size)")
     add("--only", nargs="+", default=["*"], metavar="PATTERN", help="optimizers whose name matches one of these")
-    add("--rounds", type=int, default=15, help="turns of each; a third for slow ones (default: 15)")
+    add("--rounds", type=int, help="turns of each; a third for slow ones (default: 9, on a GPU 100)")
     add("--no-peers", action="store_true", help="this package and torch alone")
     add("--markdown", type=Path, metavar="FILE", help="write the report there")
     add("--json", type=Path, metavar="FILE", help="write the figures there")
@@ -100,14 +102,20 @@ def main() -> None:
     for name, dtype in chosen:
         torch.manual_seed(0)
         problem = Problem(SIZES[name], DTYPES[dtype], args.device)
-        contestants = {n: c for n, c in everybody.items() if c.sizes is None or name in c.sizes}
-        results = measure(problem, contestants, args.rounds)
+        contestants = {n: c for n, c in everybody.items() if takes_part(c, name, dtype, args.device)}
+        results = measure(problem, contestants, args.rounds or ROUNDS[args.device])
         sections += section(name, dtype, problem, contestants, results)
         figures[f"{name}, {dtype}"] = {n: figure(problem, r) for n, r in results.items()}
     report("One step of each optimizer", sections, args.markdown, threads=", one thread used")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(figures, indent=1))
+
+
+def takes_part(contestant: Contestant, size: str, dtype: str, device: str) -> bool:
+    """Whether it does; peers that multiply in low precision take minutes on CPUs, and one shows it."""
+    slow = device == "cpu" and dtype != "float32" and not contestant.in_low_precision
+    return not slow and (contestant.sizes is None or size in contestant.sizes)
 
 
 def measure(
@@ -119,8 +127,8 @@ def measure(
     for name, contestant in REFERENCES.items():
         references[name] = contestant.build(problem)
         warm_up(references[name], clock)
-    names = list(contestants)
-    for heat in [names[i : i + HEAT] for i in range(0, len(names), HEAT)]:
+    names, size = list(contestants), HEAT[problem.device]
+    for heat in [names[i : i + size] for i in range(0, len(names), size)]:
         started, runners, usual = time.monotonic(), {}, {}
         for name in heat:
             try:
