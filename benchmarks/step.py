@@ -279,7 +279,8 @@ def explanation(device: str) -> str:
     }[device]
     return (
         f"{clock} `x fused AdamW` is the median (and the quartiles) over turns of the ratio to a step of "
-        "`torch.optim.AdamW(fused=True)` right before or after; `beside` the same against the two products, "
+        "`torch.optim.AdamW(fused=True)` right before or after, so that what slows the machine slows both; `beside` "
+        "the same against the two products, "
         "R = QᵀM and W ← βW - αQU at the same rank, into memory allocated beforehand (with a fused AdamW of what is "
         "not projected), or against `torch.optim.SGD(fused=True)`. Steps in which a basis is fitted are in a column of "
         "their own, but for optimizers that choose theirs in every step. The last two columns are of one step in "
