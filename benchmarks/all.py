@@ -162,7 +162,7 @@ def targets(folder: Path, suffix: str, page: Path, sizes: dict[str, str]) -> Non
         )
     sections = [
         f"{where} The floor is what the bytes that an algorithm must move and the operations that it must do take at "
-        "this machine's best rates ([floors](floor.md)), over the fused step.",
+        "this machine's best rates ([floors](floor.md)), over the fastest fused step.",
         table(header, rows),
     ]
     if not suffix:
@@ -198,7 +198,7 @@ def step_rows(steps: dict[str, Any], floors: dict[str, Any]) -> Iterator[tuple[s
         below = floors[target.where].get(target.name)
         least = ""
         if below is not None:
-            least = f"{below['floor'] / figures[target.reference]['seconds']:.2f}"
+            least = f"{below['floor'] / figures[target.reference]['least']:.2f}"
         yield target.what, most, f"{ratio:.2f}", said, least, target.peer, best_peer(target, figures)
 
 
@@ -248,7 +248,7 @@ def gpu_rows(figures: dict[str, Any], floors: dict[str, Any]) -> Iterator[tuple[
         if name in INDEX_BASES:
             yield row(name, x[ADAMW], GPU_INDEX)
         elif name in floors:
-            yield row(f"{name}, over its floor", x["seconds"] / floors[name]["floor"], GPU_PRODUCTS, "1")
+            yield row(f"{name}, over its floor", floors[name]["step"] / floors[name]["floor"], GPU_PRODUCTS, "1")
             yield f"{name}, over a fused AdamW", "reported", f"{x[ADAMW]:.2f}", "", "", "", ""
         if f"{ADAMW}, with a refresh" in x:
             yield row(
@@ -271,7 +271,7 @@ def between(floor: dict[str, Any], floors: dict[str, Any]) -> list[str]:
         return []
     header = ("", "step, ms", "bytes", "products", "Python and launches", "rest")
     return [
-        "## Between a step and its floor\n\nCPU ms, and the share of the step. `bytes` and `products` are the floor; "
+        "## Between a step and its floor\n\nCPU ms of the fastest turn, and the share of the step. `bytes` and `products` are the floor; "
         "Python and launches are the same step on as many tiny tensors; the rest are passes that read again, rates "
         "below the machine's best, and transforms.",
         table(header, rows),

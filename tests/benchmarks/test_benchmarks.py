@@ -83,7 +83,8 @@ def test_one_command_writes_all_pages(tmp_path):
         assert part == "distributed" or re.search(r"measured on .+ with Python [\d.]+, torch 2\.", page), part
     targets = (tmp_path / "targets.md").read_text(encoding="utf-8")
     assert "not measured" not in targets
-    assert len(re.findall(r"\| (?:met|missed)", targets)) == len(re.findall(r"^\| (?!-).*\bm", targets, re.MULTILINE))
+    for what in ("FRUGAL 0.25, contiguous rows", "AdamP", "largest step after", "full-size temporaries"):
+        assert re.search(rf"^\| {what}.*\| (met|missed) ", targets, re.MULTILINE), targets
 
 
 @pytest.mark.slow
