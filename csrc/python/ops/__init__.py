@@ -9,8 +9,11 @@ reference and fuses it, which an opaque op would prevent.
 """
 
 from ._compiled import COMPILED, DEVICES
+from .codes import decode, encode_
+from .directions import adam_direction_reference_, adam_directions_
 from .keys import WHOLE, Key, PartKey, Place, counter_key
 from .rounding import stochastic_round_, stochastic_round_reference_
+from .split import Split, SplitRule, split_, takes_split
 
 __all__ = [
     "COMPILED",
@@ -19,7 +22,15 @@ __all__ = [
     "Key",
     "PartKey",
     "Place",
+    "Split",
+    "SplitRule",
+    "adam_direction_reference_",
+    "adam_directions_",
     "counter_key",
+    "decode",
+    "encode_",
+    "split_",
     "stochastic_round_",
     "stochastic_round_reference_",
+    "takes_split",
 ]
