@@ -164,8 +164,8 @@ def section(
               "step, ms", "x floor")  # fmt: skip
     return [
         f"## {TITLES[name]}, {dtype}\n\n{len(size.projected)} matrices, rank {size.rank}. The floor is the sum of the "
-        f"two: bytes over {bandwidth / 1e9:.1f} GB/s, operations over {rate / 1e9:.1f} GFLOP/s, the best rates above; so "
-        "steps are the fastest of their turns too. "
+        f"two: bytes over {bandwidth / 1e9:.1f} GB/s, operations over {rate / 1e9:.1f} GFLOP/s, the best rates above. "
+        "So steps are the fastest of their turns too. "
         f"Python and launches: the same step on as many tensors with sides {SHRUNK} times as short. The rest is what "
         "kernels take beyond the floor: passes that read again, rates below the best, transforms, which no product "
         "rate is reached in.",

@@ -415,7 +415,9 @@ def test_codes_that_do_not_fit_are_refused_whole(kind, key, edit, message, wide)
     other = kind(net.parameters())
     train(net, other, 2, 3)
     before = copy.deepcopy(other.state_dict())
-    with pytest.raises(ValueError, match=wide or message if kind is AdamW else f"'{key}' of parameter number 4 {message}"):
+    with pytest.raises(
+        ValueError, match=wide or message if kind is AdamW else f"'{key}' of parameter number 4 {message}"
+    ):
         other.load_state_dict(saved)
     assert_equal(other.state_dict(), before)
 
