@@ -271,10 +271,9 @@ def between(floor: dict[str, Any], floors: dict[str, Any]) -> list[str]:
         return []
     header = ("", "step, ms", "bytes", "products", "Python and launches", "rest")
     return [
-        "## Between a step and its floor\n\nCPU ms of the fastest turn, and the share of the step. `bytes` and `products` are the "
-        "floor; "
-        "Python and launches are the same step on as many tiny tensors; the rest are passes that read again, rates "
-        "below the machine's best, and transforms.",
+        "## Between a step and its floor\n\nCPU ms of the fastest turn, and the share of the step. `bytes` and "
+        "`products` are the floor; Python and launches are the same step on as many tiny tensors; the rest are passes "
+        "that read again, rates below the machine's best, and transforms.",
         table(header, rows),
     ]
 
