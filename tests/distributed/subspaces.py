@@ -50,3 +50,21 @@ def refusal(name, dim, settings):
     except ValueError as error:
         return str(error), len(optimizer.param_groups)
     return None
+
+
+def with_smaller_bases(forms, shapes, batch_dims=0):
+    """The weights of one process and of divided ones, whose bases are kept in one form after another."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    start = tensors(shapes, 0, torch.float64)
+    whole = [torch.nn.Parameter(x.clone()) for x in start]
+    parts = [torch.nn.Parameter(divided(x, mesh, 0)) for x in start]
+    optimizers = [build("GaLoreAdamW, power, rotate", named(ps), batch_dims=batch_dims) for ps in (whole, parts)]
+    for grads, form in zip(histories(shapes, len(forms), torch.float64), forms, strict=True):
+        for p, q, g in zip(whole, parts, grads, strict=True):
+            p.grad, q.grad = g.clone(), divided(g, mesh, 0)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["basis_dtype"] = form
+            optimizer.step()
+    return max(
+        ((q.full_tensor() - p).norm() / (p - x).norm()).item() for x, p, q in zip(start, whole, parts, strict=True)
+    )

@@ -84,6 +84,12 @@ def test_stacks_train_as_in_one_process_along_whichever_dimension_they_are_divid
     assert differences(3, name, dim, torch.float64, 7, STACKS, batch_dims=1)[0] < 1e-9
 
 
+@pytest.mark.parametrize(("shapes", "batch_dims"), [([(12, 20), (20, 12), (9, 2)], 0), (STACKS, 1)])
+def test_bases_that_are_divided_may_be_kept_in_fewer_bytes_and_again_in_more(shapes, batch_dims):
+    forms = [None, "8bit", "8bit", None, "bfloat16", "8bit"]
+    assert max(world(2).run(subspaces.with_smaller_bases, forms, shapes, batch_dims)) < 1e-9
+
+
 @pytest.mark.parametrize("bits", ["8-bit", "4-bit"])
 @pytest.mark.parametrize("dim", [0, 1])
 def test_errors_are_rounded_as_in_one_process(bits, dim):
