@@ -17,6 +17,20 @@ STABLE_TORCH_LIBRARY(slimstate, m) {
       "Tensor(d!)[] lows, Tensor[] factors, int[] keys, int[] places, float[] ages, float lr, float decay, "
       "float rate1, float rate2, float eps, float delta, float wd_ratio, bool nesterov, bool layer_view, "
       "bool maximize, bool stochastic) -> ()");
+  m.def(
+      "adam_directions_(Tensor(a!)[] rs, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor[] ages, "
+      "float[] biases, int[] keys, int[] places, float beta1, float beta2, float eps, bool maximize) -> ()");
+  m.def(
+      "split_(Tensor(a!)[] ps, Tensor[] grads, Tensor[] indices, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor(d!)[] lows, int[] shapes, float[] biases, int[] keys, int[] places, int[] moment_keys, "
+      "int[] moment_places, bool columns, int outer, float decay, float step, float outside, float beta1, "
+      "float beta2, float eps) -> ()");
+  m.def("encode_(Tensor(a!) codes, Tensor(b!) scale, Tensor x, bool signed, bool columns) -> ()");
+  m.def("decode_(Tensor(a!) x, Tensor codes, Tensor scale, bool signed, bool columns) -> ()");
+  m.def(
+      "adamw_step_(Tensor(a!)[] ps, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor(d!)[] scales, Tensor(e!)[] lows, float[] biases, int[] keys, int[] places, bool stochastic, "
+      "float decay, float lr, float beta1, float beta2, float eps, bool maximize) -> ()");
 }
 
 #ifdef USE_CUDA

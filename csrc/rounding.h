@@ -41,10 +41,13 @@ struct Place {
   }
 };
 
-// The 32 random bits of element `index` of the whole tensor.
+// The 32 random bits of element `index` of the whole tensor; loops in which its upper half stays count in 32 bits.
+SLIMSTATE_HD uint32_t random_bits(Key key, uint32_t high, uint32_t low) {
+  return mix32(mix32(low ^ key.low) ^ (key.high ^ high));
+}
+
 SLIMSTATE_HD uint32_t random_bits(Key key, uint64_t index) {
-  const uint32_t low = static_cast<uint32_t>(index), high = static_cast<uint32_t>(index >> 32);
-  return mix32(mix32(low ^ key.low) ^ key.high ^ high);
+  return random_bits(key, static_cast<uint32_t>(index >> 32), static_cast<uint32_t>(index));
 }
 
 SLIMSTATE_HD uint32_t float_bits(float x) {

@@ -8,13 +8,13 @@ if __name__ != "slimstate.optim":
 
 from .adafactor import GaLoreAdafactor
 from .adamp import SGDP, AdamP
-from .adamw import AdamW
+from .adamw import AdamW, AdamW8bit
 from .backward import InBackward, in_backward
-from .convert import from_galore_torch
+from .convert import from_bitsandbytes, from_galore_torch, to_bitsandbytes
 from .dct import DCTAdamW
 from .distributed import shard_placement, share_refreshes
 from .frugal import FRUGAL
-from .galore import GaLoreAdamW
+from .galore import GaLoreAdamW, GaLoreAdamW8bit
 from .gradnorm import GradNormLoRP
 from .groups import ParamGroups, param_groups
 from .layer_sampling import LISA, OwLore, outlier_scores
@@ -26,13 +26,16 @@ __all__ = [
     "SGDP",
     "AdamP",
     "AdamW",
+    "AdamW8bit",
     "DCTAdamW",
     "GaLoreAdafactor",
     "GaLoreAdamW",
+    "GaLoreAdamW8bit",
     "GradNormLoRP",
     "InBackward",
     "OwLore",
     "ParamGroups",
+    "from_bitsandbytes",
     "from_galore_torch",
     "in_backward",
     "outlier_scores",
@@ -40,4 +43,5 @@ __all__ = [
     "shard_placement",
     "share_refreshes",
     "state_bytes",
+    "to_bitsandbytes",
 ]

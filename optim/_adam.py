@@ -8,37 +8,34 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from slimstate.ops import Key
+from slimstate import ops
+from slimstate.ops import Dense, Key, adam_directions_, takes_adamw
+from slimstate.ops.codes import Layout
 from slimstate.projections._base import compute_dtype
 from slimstate.projections._blocks import blocks
 from slimstate.projections._numbers import Number, lerp_, scalar
 from slimstate.projections._rounding import LOW_PRECISION, NEAREST, Rounding, narrow_, widen
 
 from ._base import Entry, Group, Spec
+from ._moments import EXP_AVG, EXP_AVG_SQ, MOMENT_DTYPES, WEIGHT, is_coded, moment_of, moment_spec
 
 __all__ = [
     "adam_directions",
     "adamw_step_",
-    "aged_direction_",
     "check_adam",
     "check_lr",
     "check_not_negative",
     "check_shared",
     "check_storage",
     "is_number",
-    "moment_dtype",
+    "moment_keys",
     "moments_spec",
     "rounding",
-    "store_",
     "take_",
     "weight_spec",
 ]
 
-# Purposes of random bits: what is rounded. `_projected` goes on from here; `_base` counts them.
-WEIGHT, EXP_AVG, EXP_AVG_SQ = range(3)
-
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
-MOMENT_DTYPES = ("float32", "bfloat16", "param")
 
 
 def check_adam(group: Group) -> None:
@@ -109,21 +106,10 @@ def is_number(x: Any) -> bool:
     return isinstance(x, Real) and not isinstance(x, bool)
 
 
-def moment_dtype(p: Tensor, group: Group) -> torch.dtype:
-    """What moments are kept in: by default float32, and float64 for float64 parameters."""
-    match group["moment_dtype"]:
-        case None:
-            return compute_dtype(p.dtype)
-        case "param":
-            return p.dtype
-        case name:
-            return getattr(torch, name)
-
-
-def moments_spec(p: Tensor, group: Group, shape: tuple[int, ...]) -> Spec:
+def moments_spec(p: Tensor, group: Group, shape: tuple[int, ...], layout: Layout = "rows") -> Spec:
     """The two moments of something of this shape."""
-    dtype = moment_dtype(p, group)
-    return {"exp_avg": (shape, dtype), "exp_avg_sq": (shape, dtype)}
+    first, second = (moment_spec(key, p, group, shape, layout) for key in ("exp_avg", "exp_avg_sq"))
+    return first | second
 
 
 def weight_spec(p: Tensor, group: Group) -> Spec:
@@ -140,8 +126,9 @@ def adamw_step_(entries: list[Entry], group: Group, *, scale: float = 1.0, aged:
         M \leftarrow \beta_1 M + (1-\beta_1) G, \quad V \leftarrow \beta_2 V + (1-\beta_2) G^2, \quad
         W \leftarrow (1-\eta\lambda) W - \eta \frac{M / (1-\beta_1^t)}{\sqrt{V / (1-\beta_2^t)} + \epsilon}.
 
-    float32 and float64 go through torch's fused kernel. Lower precision, moments of another dtype and strided memory
-    go through the same kernel in wide copies of a few MiB, and are rounded on the way back.
+    float32 and float64 go through torch's fused kernel; lower precision and moments of another dtype through our own
+    where it is compiled. The rest, and strided memory, goes through torch's kernel in wide copies of a few MiB, and is
+    rounded on the way back.
 
     Args:
         entries: the parameters.
@@ -152,36 +139,46 @@ def adamw_step_(entries: list[Entry], group: Group, *, scale: float = 1.0, aged:
     lr, weight_decay = scale * group["lr"], group["weight_decay"] / scale
     whole: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     ages: list[Number] = []
+    passes: list[Dense] = []
     for x in entries:
         age = x.age if aged else x.step
         parts = (x.p, x.grad, x.state["exp_avg"], x.state["exp_avg_sq"])
         if all(y.is_contiguous() and y.dtype == x.p.dtype for y in parts) and x.p.dtype not in LOW_PRECISION:
             whole.append(parts)
             ages.append(age)
+        elif takes_adamw(one := _dense(x, age, group)):
+            passes.append(one)
         else:
             _step_in_blocks_(x, age, lr, weight_decay, group)
+    numbers = {key: group[key] for key in ("betas", "eps", "maximize")}
+    ops.adamw_step_(passes, lr=lr, weight_decay=weight_decay, **numbers)
     if whole:
         ps, grads, exp_avgs, exp_avg_sqs = (list(tensors) for tensors in zip(*whole, strict=True))
         _fused_(ps, grads, exp_avgs, exp_avg_sqs, ages, lr, weight_decay, group)
 
 
+def _dense(x: Entry, age: Number, group: Group) -> Dense:
+    """What the compiled op goes by."""
+    m, v = (moment_of(x, key) for key in ("exp_avg", "exp_avg_sq"))
+    scales = None if m.scale is None or v.scale is None else (m.scale, v.scale)
+    keys = (x.key(m.purpose), x.key(v.purpose)) if m.kept.dtype in LOW_PRECISION else None
+    return Dense(x.p, x.grad, m.kept, v.kept, age, scales, rounding(x, group), keys)
+
+
 def _step_in_blocks_(x: Entry, age: Number, lr: Number, weight_decay: float, group: Group) -> None:
     dtype, how = compute_dtype(x.p.dtype), rounding(x, group)
-    ps, grads, exp_avgs, exp_avg_sqs = map(torch.atleast_1d, (x.p, x.grad, x.state["exp_avg"], x.state["exp_avg_sq"]))
+    ps, grads = map(torch.atleast_1d, (x.p, x.grad))
+    moments = [moment_of(x, key) for key in ("exp_avg", "exp_avg_sq")]
     lows = None if how.low is None else torch.atleast_1d(how.low)
     for s in blocks(ps, 0, dtype.itemsize):
         low = None if lows is None else lows[s]
-        wide = (
-            widen(ps[s], low, dtype),
-            grads[s].to(dtype),
-            *(y[s].to(dtype, copy=True) for y in (exp_avgs, exp_avg_sqs)),
-        )
+        parts = [moment.rows(s) for moment in moments]
+        wide = (widen(ps[s], low, dtype), grads[s].to(dtype), *(part.read(dtype, copy=True) for part in parts))
         w, g, m, v = (y.contiguous() for y in wide)
         _fused_([w], [g], [m], [v], [age], lr, weight_decay, group)
-        offset = s.start * (w.numel() // max(1, w.shape[0]))
-        narrow_(ps[s], w, how._replace(low=low), offset)
-        store_(exp_avgs[s], m, x.key(EXP_AVG), offset)
-        store_(exp_avg_sqs[s], v, x.key(EXP_AVG_SQ), offset)
+        narrow_(ps[s], w, how._replace(low=low), s.start * (w.numel() // max(1, w.shape[0])))
+        for part, value in zip(parts, (m, v), strict=True):
+            part.write_(value, copied=True)
 
 
 def _fused_(
@@ -280,7 +277,7 @@ def adam_directions(
     entries: Sequence[Entry],
     rs: list[Tensor],
     group: Group,
-    ages: list[Number],
+    ages: Sequence[Number],
     keys: tuple[str, str] = ("exp_avg", "exp_avg_sq"),
 ) -> list[Tensor]:
     r"""Takes projected gradients R into the moments of their parameters, and returns the directions in the subspaces:
@@ -291,55 +288,47 @@ def adam_directions(
 
     Args:
         entries: the parameters.
-        rs: R (r x k) of each, in the dtype of arithmetic.
+        rs: R (r x k) of each, or a stack of them, in the dtype of arithmetic; overwritten.
         group: the hyperparameters; `maximize` turns U around.
-        ages: t of each, the number of gradients in its moments, this one included.
+        ages: t of each, the number of gradients in its moments, this one included: a number, or int32 (r,) or (b, r)
+            where rows differ.
         keys: the names of M and V in the state; others than these must be in R's dtype.
 
     Returns:
-        U of each, of R's shape.
+        U of each, which takes the place of R.
     """
-    kept = [[x.state[key] for x in entries] for key in keys]
-    m, v = wide = [[y.to(r.dtype) for y, r in zip(moments, rs, strict=True)] for moments in kept]
-    us = [torch.zeros_like(r) for r in rs]  # a weight of zero that takes one step of size 1 becomes the direction
-    _fused_(us, rs, m, v, ages, 1.0, 0.0, group)
-    for moments, values, purpose in zip(kept, wide, (EXP_AVG, EXP_AVG_SQ), strict=True):
-        for x, moment, value in zip(entries, moments, values, strict=True):
-            if moment.dtype != value.dtype:
-                store_(moment, value, x.key(purpose))
-    return us
+    betas, eps, maximize = group["betas"], group["eps"], group["maximize"]
+    plain: list[int] = []
+    for i, (x, r) in enumerate(zip(entries, rs, strict=True)):
+        moments = [moment_of(x, key) for key in keys]
+        if not is_coded(moments):
+            plain.append(i)
+            continue
+        for s in blocks(r, -1, r.itemsize):  # of columns, since the blocks of codes go down them
+            parts = [moment.columns(s) for moment in moments]
+            m, v = (part.read(r.dtype) for part in parts)
+            adam_directions_([r[..., s]], [m], [v], [ages[i]], betas=betas, eps=eps, maximize=maximize)
+            for part, value in zip(parts, (m, v), strict=True):
+                part.write_(value)
+    first, second = ([entries[i].state[key] for i in plain] for key in keys)
+    adam_directions_(
+        [rs[i] for i in plain],
+        first,
+        second,
+        [ages[i] for i in plain],
+        betas=betas,
+        eps=eps,
+        maximize=maximize,
+        keys=moment_keys([entries[i] for i in plain], first),
+    )
+    return rs
 
 
-def aged_direction_(x: Entry, r: Tensor, group: Group, ages: Tensor) -> Tensor:
-    r"""As `adam_directions`, for one parameter whose moments differ in age from row to row; U takes the place of R.
-
-    Row i is corrected by its own :math:`1-\beta^{t_i}`, which no fused kernel does.
-
-    Args:
-        x: the parameter.
-        r: R (r x k) or a stack of them, in the dtype of arithmetic; overwritten.
-        group: the hyperparameters; `maximize` turns U around.
-        ages: t of each row (r,) or (b, r), at least 1, this step included.
-
-    Returns:
-        U, of R's shape.
-    """
-    beta1, beta2 = group["betas"]
-    moments = [x.state[key].flatten(0, -2) for key in ("exp_avg", "exp_avg_sq")]
-    rows, t = r.flatten(0, -2), ages.flatten()[:, None].double()
-    bias1, bias2 = ((1 - beta**t).to(r.dtype) for beta in (beta1, beta2))
-    if not group["maximize"]:
-        bias1.neg_()
-    for s in blocks(rows, 0, r.itemsize):
-        g = rows[s]
-        m, v = (y[s].to(r.dtype) for y in moments)
-        take_(m, v, g, beta1, beta2)
-        root = (v / bias2[s]).sqrt_().add_(group["eps"])
-        torch.div(m, bias1[s], out=g).div_(root)
-        for moment, value, purpose in zip(moments, (m, v), (EXP_AVG, EXP_AVG_SQ), strict=True):
-            if moment.dtype != value.dtype:
-                store_(moment[s], value, x.key(purpose), s.start * rows.shape[1])
-    return r
+def moment_keys(entries: Sequence[Entry], moments: list[Tensor]) -> list[tuple[Key, Key]]:
+    """What the random bits of moments go by, for a list of which any are rounded."""
+    if all(moment.dtype in (torch.float32, torch.float64) for moment in moments):
+        return []
+    return [(x.key(EXP_AVG), x.key(EXP_AVG_SQ)) for x in entries]
 
 
 def take_(m: Tensor, v: Tensor, g: Tensor, beta1: Number, beta2: Number) -> None:
@@ -355,12 +344,3 @@ def rounding(x: Entry, group: Group, purpose: int = WEIGHT) -> Rounding:
     if group["compensation"]:
         return Rounding(low=x.state["compensation"])
     return NEAREST if group["stochastic_rounding"] is False else Rounding(x.key(purpose))
-
-
-def store_(target: Tensor, value: Tensor, key: Key, offset: int = 0) -> None:
-    """A moment <- value; rounded stochastically where precision is lost.
-
-    A second moment in bfloat16 needs it: with beta2 = 0.999 a step changes it by less than half a unit in the last
-    place.
-    """
-    narrow_(target, value, Rounding(key), offset)

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, NoReturn, overload
+from typing import Any, ClassVar, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -15,9 +15,11 @@ from torch.nn.utils import get_total_norm
 from torch.optim.optimizer import ParamsT
 
 from slimstate.ops import Key, PartKey, Place, counter_key
+from slimstate.ops.codes import Layout
 from slimstate.projections._numbers import Number
 
 from ._loading import check_layout, check_plain, misfit, other_entries, read_step, read_stream, read_tensor, regrouped
+from ._moments import CODED, SCALES, as_found, decoded, encoded
 from ._sharding import Part, local, part_of, total_
 
 __all__ = ["Entry", "Group", "Optimizer", "Spec", "State", "refuse"]
@@ -88,6 +90,9 @@ class Entry:
         sums: where it is divided and its step needs them, what `_exchange` found out about all of its parts.
     """
 
+    layout: ClassVar[Layout] = "rows"
+    """How blocks of 8-bit moments lie; see `slimstate.ops.codes`."""
+
     param: Tensor
     part: Part | None
     p: Tensor
@@ -147,17 +152,25 @@ class Optimizer(torch.optim.Optimizer):
         """The state's tensors: name -> (shape, dtype)."""
         raise NotImplementedError
 
+    def _layout(self, p: Tensor, group: Group) -> Layout:
+        """How blocks of a parameter's 8-bit moments lie; see `slimstate.ops.codes`."""
+        return "rows"
+
     def _passing(self, p: Tensor, group: Group) -> frozenset[str]:
         """The keys of `_spec` that come and go; a state may be without them."""
         return frozenset()
 
     def _axes(self, key: str, p: Tensor, group: Group) -> str:
         """The axes of a state's tensor, for a parameter that is divided; see `Part`."""
-        return "".join(map(str, range(p.ndim)))
+        return "0." if key in SCALES else "".join(map(str, range(p.ndim)))
 
     def _has_shape(self, p: Tensor, group: Group) -> bool:
         """Whether a step treats this parameter by its shape, and would treat it otherwise if it were flattened."""
-        return False
+        return self._has_codes(p, group)
+
+    def _has_codes(self, p: Tensor, group: Group) -> bool:
+        """Whether its moments are kept in 8 bits."""
+        return group.get("moment_dtype") == CODED and not SCALES.keys().isdisjoint(self._spec(p, group))
 
     def _part(self, p: Tensor, group: Group) -> Part | None:
         """Where what this process holds of a parameter lies in it; None where it is whole.
@@ -166,6 +179,22 @@ class Optimizer(torch.optim.Optimizer):
             ValueError: for a way to divide it that this optimizer cannot step with; says what to use.
         """
         return part_of(p)
+
+    def _check_part(self, p: Tensor, group: Group) -> None:
+        """Checks how a parameter is divided.
+
+        Raises:
+            ValueError: for a way to divide it that this optimizer cannot step with; says what to use.
+        """
+        part = self._part(p, group)
+        if part is None or self._layout(p, group) != "rows" or not part.divides("".join(map(str, range(1, p.ndim)))):
+            return
+        if self._has_codes(p, group):
+            raise ValueError(
+                f"moment_dtype='8bit' keeps moments in blocks along rows, which processes divide of a parameter of "
+                f"shape {tuple(p.shape)}, {', '.join(map(str, part.placements))}: use moment_dtype='bfloat16' for it, "
+                "or shard dim 0 (shard_placement_fn of fully_shard)"
+            )
 
     def _select_states(self, group: Group, params: list[Tensor]) -> None:
         """Creates and drops what comes and goes in the states of parameters that are about to take a step."""
@@ -211,7 +240,7 @@ class Optimizer(torch.optim.Optimizer):
             for p in group["params"]:
                 p = p[1] if isinstance(p, tuple) else p
                 if isinstance(p, Tensor):
-                    self._part(p, group)
+                    self._check_part(p, group)
         super().add_param_group(group | {"nonfinite_steps": 0})
         self._note_shapes(len(self.param_groups) - 1)
 
@@ -386,6 +415,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _zeros(self, p: Tensor, group: Group, keys: Iterable[str] | None = None) -> State:
         """New tensors of a state: those of these keys, or all that do not come and go."""
+        self._check_part(p, group)
         spec, part = self._spec(p, group), self._part(p, group)
         state = {}
         for key in spec.keys() - self._passing(p, group) if keys is None else keys:
@@ -404,6 +434,7 @@ class Optimizer(torch.optim.Optimizer):
                     f"{key!r} in the state of a parameter has shape {tuple(value.shape)}, and would need {shape} with "
                     "the settings that its group has now: forget([parameter]) first"
                 )
+        state = self._recoded(p, group, state)
         kept = {key: x.to(_home(key, p), spec[key][1]) for key, x in state.items() if key in spec}
         if before not in (None, p.dtype):
             kept.pop("compensation", None)  # of other bits
@@ -413,6 +444,22 @@ class Optimizer(torch.optim.Optimizer):
         if "age" in fresh:
             fresh["age"].fill_(state["step"])
         self.state[p] = {"step": state["step"], "stream": state["stream"]} | fresh | kept
+
+    def _recoded(self, p: Tensor, group: Group, state: State) -> State:
+        """A state with its moments in the form, numbers or codes, that they have here: rounded, or read."""
+        spec, part, layout = self._spec(p, group), self._part(p, group), self._layout(p, group)
+        for scale, key in SCALES.items():
+            if key not in state or key not in spec or (scale in state) == (scale in spec):
+                continue
+            x = local(state[key])
+            if scale in spec:
+                made = encoded(x, key, layout)
+            else:
+                made = {key: decoded(x, local(state[scale]), key, layout, spec[key][1])}
+            if part is not None:
+                made = {name: part.join(y, self._axes(name, p, group), spec[name][0]) for name, y in made.items()}
+            state = {name: y for name, y in state.items() if name != scale} | made
+        return state
 
     def _named(self) -> Iterator[tuple[str, Tensor, Group]]:
         """(name or position, parameter, group) of every parameter."""
@@ -500,6 +547,7 @@ class Optimizer(torch.optim.Optimizer):
             for key, value in (torchs | {key: group[key] for key in self.defaults}).items():
                 check_plain(key, value)
             self._check_group(group)
+            group["moment_dtype"] = own["moment_dtype"]  # says how numbers are kept, and not which
             if not torchs.pop(DECOUPLED, True) and group["weight_decay"]:
                 raise ValueError("its weight decay is not decoupled, like torch.optim.Adam's; here it always is")
             refuse(type(self).__name__, {key: value for key, value in torchs.items() if key == "amsgrad"})
@@ -519,7 +567,11 @@ class Optimizer(torch.optim.Optimizer):
         if "step" not in state:
             raise misfit(f"the state of parameter {name} has no 'step'")
         accepted: State = {"step": read_step(state["step"], name), **stream}
-        spec, passing = self._spec(p, group), self._passing(p, group)
+        try:
+            self._check_part(p, group)
+        except ValueError as error:
+            raise misfit(str(error)) from error
+        spec, passing = as_found(self._spec(p, group), state, self._layout(p, group)), self._passing(p, group)
         if "compensation" not in spec:  # the weight is kept whole now
             state.pop("compensation", None)
         elif "compensation" not in state:  # it was kept whole, or rounded, before
@@ -535,6 +587,7 @@ class Optimizer(torch.optim.Optimizer):
                 continue
             axes = None if part is None or entry in COUNTERS else self._axes(entry, p, group)
             accepted[entry] = read_tensor(entry, state.get(entry), shape, dtype, _home(entry, p), name, part, axes)
+        accepted = self._recoded(p, group, accepted)
         self._check_state(name, p, group, accepted)
         return accepted
 

@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from slimstate.ops import Key, Place
+from slimstate.ops import Place
+from slimstate.ops.codes import Layout
 from slimstate.projections import SVD, MatrixView, PowerIteration, Projection, RandomOrthogonal
 from slimstate.projections._base import IndexProjection, check_rank, compute_dtype
 from slimstate.projections._blocks import largest_magnitude
 from slimstate.projections._matrix import SIDES
 
-from ._adam import EXP_AVG, EXP_AVG_SQ, adamw_step_, check_adam, is_number, moments_spec, store_, weight_spec
+from ._adam import adamw_step_, check_adam, is_number, moments_spec, weight_spec
 from ._base import Entry, Group, Optimizer, Spec, State
 from ._loading import misfit
+from ._moments import EXP_AVG, EXP_AVG_SQ, SCALES, moment_of
 from ._sharding import Part, Ranks, local, part_of, total_
 from .groups import shape_text, table
 
@@ -36,7 +38,7 @@ __all__ = [
     "Task",
     "counts_apart",
     "due",
-    "rotate_",
+    "rotated",
     "tasks_of",
     "view_of",
 ]
@@ -58,6 +60,8 @@ class Matrix(Entry):
         view: how p is seen as a matrix, or a stack of them.
         reduced: what `_reduce` made of its gradient where that was needed, or is gone, already.
     """
+
+    layout: ClassVar[Layout] = "columns"
 
     view: MatrixView
     reduced: tuple[Tensor, ...] | None = None
@@ -150,9 +154,9 @@ class ProjectedOptimizer(Optimizer):
         """Checks the hyperparameters of the rule that turns gradients into steps."""
         check_adam(group)
 
-    def _moments_spec(self, p: Tensor, group: Group, shape: tuple[int, ...]) -> Spec:
-        """The moments that the rule keeps of a gradient, projected or not, of this shape."""
-        return moments_spec(p, group, shape)
+    def _moments_spec(self, p: Tensor, group: Group) -> Spec:
+        """The moments that the rule keeps of a gradient, projected or not."""
+        return moments_spec(p, group, self._moment_shape(p, group), self._layout(p, group))
 
     def _dense_step_(self, entries: list[Entry], group: Group) -> None:
         """Updates the parameters that are not projected."""
@@ -165,9 +169,13 @@ class ProjectedOptimizer(Optimizer):
 
     def _rotate_(self, matrix: Matrix, group: Group, j: int, overlap: Tensor) -> None:
         """Carries the moments of matrix j of the stack into a new basis; overlap = Q_new^T Q_old."""
-        exp_avg, exp_avg_sq = (matrix.member(matrix.state[key], j) for key in ("exp_avg", "exp_avg_sq"))
-        keys = [matrix.key(purpose) for purpose in (ROTATED_EXP_AVG, ROTATED_EXP_AVG_SQ)]
-        rotate_(exp_avg, exp_avg_sq, overlap, group["betas"], float(matrix.step) - 1, keys, j * exp_avg.numel())
+        mean = moment_of(matrix, "exp_avg", ROTATED_EXP_AVG).member(j)
+        second = moment_of(matrix, "exp_avg_sq", ROTATED_EXP_AVG_SQ).member(j)
+        wide = mean.read(overlap.dtype), second.read(overlap.dtype)
+        for moment, value in zip(
+            (mean, second), rotated(*wide, overlap, group["betas"], float(matrix.step) - 1), strict=True
+        ):
+            moment.write_(value, copied=True)
 
     def _needs_whole(self, group: Group) -> str | None:
         """Why a step needs whole gradients of the matrices that this group projects, if it does."""
@@ -277,6 +285,16 @@ class ProjectedOptimizer(Optimizer):
         """Whether it has a basis."""
         return self._is_chosen(p, group)
 
+    def _layout(self, p: Tensor, group: Group) -> Layout:
+        return Matrix.layout if self._is_projected(p, group) else super()._layout(p, group)
+
+    def _moment_shape(self, p: Tensor, group: Group) -> tuple[int, ...]:
+        """R's, a stack of them's, or the parameter's own."""
+        if not self._is_projected(p, group):
+            return tuple(p.shape)
+        projection, view = self._projection(group), self._view(p, group)
+        return (*view.lead, projection.rank_of(view.d, view.k), view.k)
+
     def _projection(self, group: Group) -> Projection:
         known = self.projections[group["projection"]]
         return _adapted(known, **{key: group[key] for key in known.__dataclass_fields__ if key in group})
@@ -318,12 +336,10 @@ class ProjectedOptimizer(Optimizer):
 
     def _spec(self, p: Tensor, group: Group) -> Spec:
         if not self._is_projected(p, group):
-            return self._moments_spec(p, group, tuple(p.shape)) | weight_spec(p, group)
-        projection = self._projection(group)
-        view = projection.view(tuple(p.shape), group["batch_dims"])
-        basis = (*view.lead, *projection.shape_of(view))
-        spec = self._moments_spec(p, group, (*view.lead, projection.rank_of(view.d, view.k), view.k))
-        spec[projection.key] = (basis, projection.dtype_of(p.dtype))
+            return self._moments_spec(p, group) | weight_spec(p, group)
+        projection, view = self._projection(group), self._view(p, group)
+        spec = self._moments_spec(p, group)
+        spec[projection.key] = ((*view.lead, *projection.shape_of(view)), projection.dtype_of(p.dtype))
         spec["refreshes"] = (view.lead, torch.int32)
         if group["transport"] == "reset":
             spec["age"] = ((), torch.int32)
@@ -349,9 +365,10 @@ class ProjectedOptimizer(Optimizer):
             self._in_backward.drop()
 
     def _axes(self, key: str, p: Tensor, group: Group) -> str:
-        if key not in self.axes or not self._is_projected(p, group):
+        axes = ".k" if key in SCALES else self.axes.get(key)
+        if axes is None or not self._is_projected(p, group):
             return super()._axes(key, p, group)
-        return "b" * len(self._view(p, group).lead) + self.axes[key]
+        return "b" * len(self._view(p, group).lead) + axes
 
     def _part(self, p: Tensor, group: Group) -> Part | None:
         return part_of(p, lambda: self._view(p, group) if self._is_projected(p, group) else None)
@@ -362,8 +379,8 @@ class ProjectedOptimizer(Optimizer):
             return
         state = {key: local(x) if isinstance(x, Tensor) else x for key, x in state.items()}
         if not state["step"]:  # a basis may be there, see `in_backward`
-            for key in self._moments_spec(p, group, tuple(p.shape)):
-                if state[key].any():
+            for key in self._moments_spec(p, group):  # codes are of zeros where their scale is
+                if f"{key}_scale" not in state and state[key].any():
                     raise misfit(f"{key!r} of parameter {name} is not zero, which cannot be at its 'step' 0")
         if (index := state.get(IndexProjection.key)) is None:
             return
@@ -536,7 +553,7 @@ class ProjectedOptimizer(Optimizer):
 
     def _reset_(self, matrix: Matrix, group: Group) -> None:
         """The moments of all matrices of a stack begin anew."""
-        for key in (*self._moments_spec(matrix.param, group, matrix.whole.shape), "age"):
+        for key in (*self._moments_spec(matrix.param, group), "age"):
             matrix.state[key].zero_()
 
 
@@ -632,16 +649,10 @@ def due(step: int, place: int, count: int, gap: int) -> bool:
     return step == 1 or (step > 1 and (step - 1 - place * gap // count) % gap == 0)
 
 
-def rotate_(
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    overlap: Tensor,
-    betas: tuple[float, float],
-    age: float,
-    keys: list[Key],
-    offset: int = 0,
-) -> None:
-    r"""Carries the moments M, V (r x k) into a new basis, in place; C = Q_new^T Q_old (r x r) is the overlap.
+def rotated(
+    mean: Tensor, second: Tensor, overlap: Tensor, betas: tuple[float, float], age: float
+) -> tuple[Tensor, Tensor]:
+    r"""The moments M, V (r x k) in a new basis; C = Q_new^T Q_old (r x r) is the overlap.
 
     V is read as a variance around the mean, and both are rotated, as in LDAdam, https://arxiv.org/abs/2410.16103
 
@@ -652,10 +663,7 @@ def rotate_(
     with hats for the bias-corrected moments of age t >= 1. For C = I nothing changes.
     """
     bias1, bias2 = (1 - beta**age for beta in betas)
-    mean = exp_avg.to(overlap.dtype)
-    excess = (mean / bias1).square_().sub_(exp_avg_sq, alpha=1 / bias2)  # the variance, negated
+    excess = (mean / bias1).square_().sub_(second, alpha=1 / bias2)  # the variance, negated
     carried = overlap.square() @ excess
     mean = overlap @ mean
-    second = torch.div(mean, bias1, out=excess).square_().sub_(carried).abs_().mul_(bias2)
-    store_(exp_avg, mean, keys[0], offset)
-    store_(exp_avg_sq, second, keys[1], offset)
+    return mean, torch.div(mean, bias1, out=excess).square_().sub_(carried).abs_().mul_(bias2)

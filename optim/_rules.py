@@ -4,12 +4,14 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from slimstate.ops.codes import Layout
 from slimstate.projections import MatrixView
 from slimstate.projections._base import compute_dtype, rewrite_
 from slimstate.projections._numbers import Number, lerp_
 
-from ._adam import EXP_AVG, adam_directions, adamw_step_, moment_dtype, moments_spec, rounding, store_
+from ._adam import adam_directions, adamw_step_, moments_spec, rounding
 from ._base import Entry, Group, Spec
+from ._moments import Moment, moment_of, moment_spec
 
 __all__ = ["RULES", "directions", "rule_spec", "whole_step_"]
 
@@ -34,11 +36,11 @@ ONE_MOMENT: dict[str, tuple[str, Callable[[Tensor, Tensor, tuple[Number, Number]
 RULES = ("adamw", *ONE_MOMENT)
 
 
-def rule_spec(p: Tensor, group: Group, shape: tuple[int, ...]) -> Spec:
+def rule_spec(p: Tensor, group: Group, shape: tuple[int, ...], layout: Layout = "rows") -> Spec:
     """The moments that the group's rule, `group["inner"]`, keeps of something of this shape."""
     if group["inner"] == "adamw":
-        return moments_spec(p, group, shape)
-    return {ONE_MOMENT[group["inner"]][0]: (shape, moment_dtype(p, group))}
+        return moments_spec(p, group, shape, layout)
+    return moment_spec(ONE_MOMENT[group["inner"]][0], p, group, shape, layout)
 
 
 def directions(entries: Sequence[Entry], rs: list[Tensor], group: Group, ages: list[Number]) -> list[Tensor]:
@@ -46,7 +48,7 @@ def directions(entries: Sequence[Entry], rs: list[Tensor], group: Group, ages: l
 
     Args:
         entries: the parameters.
-        rs: R (r x k) of each, in the dtype of arithmetic.
+        rs: R (r x k) of each, in the dtype of arithmetic; overwritten.
         group: the hyperparameters; `maximize` turns U around.
         ages: the number of gradients in the moments of each, this one included.
     """
@@ -55,11 +57,10 @@ def directions(entries: Sequence[Entry], rs: list[Tensor], group: Group, ages: l
     key, rule = ONE_MOMENT[group["inner"]]
     us = []
     for x, r in zip(entries, rs, strict=True):
-        moment = x.state[key]
-        wide = moment.to(r.dtype)
+        moment = moment_of(x, key)
+        wide = moment.read(r.dtype)
         us.append(rule(wide, -r if group["maximize"] else r, group["betas"]).neg())
-        if moment.dtype != wide.dtype:
-            store_(moment, wide, x.key(EXP_AVG))
+        moment.write_(wide)
     return us
 
 
@@ -80,16 +81,16 @@ def whole_step_(entries: list[Entry], group: Group, *, scale: float = 1.0, aged:
     key, rule = ONE_MOMENT[group["inner"]]
     lr = group["lr"]
     for x in entries:
-        w, g, m = (y if y.ndim else y[None] for y in (x.p, x.grad, x.state[key]))
-        rows = w.shape[0]
+        w, g = (y if y.ndim else y[None] for y in (x.p, x.grad))
+        rows, moment = w.shape[0], moment_of(x, key)
         view = MatrixView(tuple(w.shape), 0, rows, w.numel() // max(1, rows), transposed=False)
 
-        def edit(w: Tensor, j: int, s: slice, g: Tensor = g, m: Tensor = m, x: Entry = x) -> None:
-            gradient = g[s].to(w.dtype).reshape(w.shape)
-            wide = m[s].to(w.dtype).reshape(w.shape)
+        def edit(w: Tensor, j: int, s: slice, g: Tensor = g, moment: Moment = moment) -> None:
+            gradient, m = g[s].to(w.dtype).reshape(w.shape), moment.rows(s)
+            wide = m.read(w.dtype).reshape(w.shape)
             u = rule(wide, -gradient if group["maximize"] else gradient, group["betas"])
             w.mul_(1 - lr * group["weight_decay"]).sub_(u * (lr * scale))
-            store_(m[s], wide.view(m[s].shape), x.key(EXP_AVG), s.start * w.shape[1])
+            m.write_(wide.view(m.kept.shape), copied=not m.kept.is_contiguous())
 
         if w.numel():
             how = rounding(x, group)

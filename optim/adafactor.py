@@ -10,24 +10,15 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from slimstate.ops import Key
 from slimstate.projections import MatrixView, Projection, matrix_view
 from slimstate.projections._base import compute_dtype, rewrite_
 from slimstate.projections._blocks import blocks
 from slimstate.projections._numbers import Number, lerp_, smaller
 from slimstate.projections._rounding import widen
 
-from ._adam import (
-    EXP_AVG,
-    check_lr,
-    check_not_negative,
-    check_storage,
-    is_number,
-    moment_dtype,
-    rounding,
-    store_,
-)
+from ._adam import check_lr, check_not_negative, check_storage, is_number, rounding
 from ._base import Entry, Group, Spec, refuse
+from ._moments import CODED, Moment, moment_of, moment_spec
 from ._projected import DEFAULT_RANK, ROTATED_EXP_AVG, Arranged, Matrix, ProjectedOptimizer
 from ._sharding import Part, Sums, part_of, together
 
@@ -122,7 +113,8 @@ class GaLoreAdafactor(ProjectedOptimizer):
         transport: what becomes of the statistics at a refresh: `rotate` (default) carries them into the new basis,
             `keep` leaves the numbers, `reset` forgets them and their age (in a stack of matrices those of all).
         maximize: ascend instead.
-        moment_dtype: of the first moment: `float32`, `bfloat16` (rounded stochastically) or `param` (the parameter's);
+        moment_dtype: of the first moment: `float32`, `bfloat16` (rounded stochastically), `param` (the parameter's) or
+            `8bit` (codes with a scale for 256 of them, see `docs/precision.md`; not of stacks that are not projected);
             None means float32, and float64 for float64 parameters. The statistics, few and of squares, are always so.
         stochastic_rounding: of weights in bfloat16 and float16; None means on.
         compensation: instead, round weights in bfloat16 and float16 to nearest and keep what that takes away: training
@@ -211,16 +203,18 @@ class GaLoreAdafactor(ProjectedOptimizer):
     def _check_rule(self, group: Group) -> None:
         check_adafactor(group)
 
-    def _moments_spec(self, p: Tensor, group: Group, shape: tuple[int, ...]) -> Spec:
+    def _moments_spec(self, p: Tensor, group: Group) -> Spec:
+        shape, dtype = self._moment_shape(p, group), compute_dtype(p.dtype)
         if self._is_projected(p, group):
             *lead, rows, columns = shape
         else:
             view = dense_view(p, group)
             lead, rows, columns = list(view.lead), view.rows, view.columns
-        dtype = compute_dtype(p.dtype)
+            if lead and group["moment_dtype"] == CODED:  # its blocks of rows do not lie along dim 0
+                group = group | {"moment_dtype": None}
         spec: Spec = {"exp_avg_sq_row": ((*lead, rows), dtype), "exp_avg_sq_col": ((*lead, columns), dtype)}
         if group["beta1"] is not None:
-            spec["exp_avg"] = (shape, moment_dtype(p, group))
+            spec |= moment_spec("exp_avg", p, group, shape, self._layout(p, group))
         return spec
 
     def _axes(self, key: str, p: Tensor, group: Group) -> str:
@@ -263,9 +257,8 @@ class GaLoreAdafactor(ProjectedOptimizer):
         shares = overlap.square().to(row.dtype)
         row.copy_(shares @ row + (1 - shares.sum(1)).clamp_(min=0) * row.mean())
         if group["beta1"] is not None:
-            exp_avg = matrix.member(matrix.state["exp_avg"], j)
-            key = matrix.key(ROTATED_EXP_AVG)
-            store_(exp_avg, overlap @ exp_avg.to(overlap.dtype), key, j * exp_avg.numel())
+            exp_avg = moment_of(matrix, "exp_avg", ROTATED_EXP_AVG).member(j)
+            exp_avg.write_(overlap @ exp_avg.read(overlap.dtype), copied=True)
 
     def _update(
         self, matrices: list[Matrix], reduced: list[tuple[Tensor, ...]], group: Group, projection: Projection
@@ -290,7 +283,7 @@ class GaLoreAdafactor(ProjectedOptimizer):
                 clip = sums.clip
             u.mul_(eta * clip)
             if group["beta1"] is not None:
-                u = average_(state["exp_avg"], u, group["beta1"], x.key(EXP_AVG))
+                u = average_(moment_of(x, "exp_avg"), u, group["beta1"])
             if not x.p.numel():
                 continue
             decay: Number = 1.0
@@ -326,7 +319,7 @@ class GaLoreAdafactor(ProjectedOptimizer):
     def _step_in_rows_(self, x: Entry, group: Group) -> None:
         """The rule on whole matrices: a first pass over rows of G finds its mean squares, a second one the length of U,
         and a third one steps."""
-        state, dtype, view, sums = x.state, compute_dtype(x.p.dtype), dense_view(x.p, group), x.sums
+        dtype, view, sums = compute_dtype(x.p.dtype), dense_view(x.p, group), x.sums
         grads = view.members(x.grad.reshape(view.shape))
         row, column = statistics(x, view)
 
@@ -355,13 +348,14 @@ class GaLoreAdafactor(ProjectedOptimizer):
         if not x.p.numel():
             return
 
-        exp_avgs = None if group["beta1"] is None else view.members(state["exp_avg"].view(view.shape))
-        key = x.key(EXP_AVG)
+        exp_avg = None if group["beta1"] is None else moment_of(x, "exp_avg")
+        exp_avgs = [] if exp_avg is None else view.members(exp_avg.kept.view(view.shape))
 
         def step_(rows_of_w: Tensor, j: int, s: slice) -> None:
             u = gradient(j, s).mul(left[j][s]).mul_(right[j])
-            if exp_avgs is not None:
-                u = average_(exp_avgs[j][s], u, group["beta1"], key, (j * view.rows + s.start) * view.columns)
+            if exp_avg is not None:
+                of_j = exp_avg._replace(kept=exp_avgs[j], first=j * view.rows * view.columns)
+                u = average_(of_j.rows(s), u, group["beta1"])
             if group["weight_decay"]:
                 rows_of_w.mul_(1 - group["weight_decay"] * etas[j])
             rows_of_w.add_(u, alpha=1 if group["maximize"] else -1)
@@ -553,9 +547,8 @@ def clipping(length: Tensor, entries: int, group: Group) -> Tensor:
     return (length / (math.sqrt(entries) * group["clip_threshold"])).clamp_(min=1).reciprocal_()
 
 
-def average_(exp_avg: Tensor, u: Tensor, beta1: float, key: Key, offset: int = 0) -> Tensor:
+def average_(exp_avg: Moment, u: Tensor, beta1: float) -> Tensor:
     """M <- beta1 M + (1 - beta1) U; returns M in U's dtype."""
-    m = exp_avg.to(u.dtype).reshape(u.shape).lerp_(u, 1 - beta1)
-    if exp_avg.dtype != m.dtype or not exp_avg.is_contiguous():
-        store_(exp_avg, m.view(exp_avg.shape), key, offset)
+    m = exp_avg.read(u.dtype).reshape(u.shape).lerp_(u, 1 - beta1)
+    exp_avg.write_(m.view(exp_avg.kept.shape), copied=not exp_avg.kept.is_contiguous())
     return m

@@ -16,26 +16,21 @@ from slimstate.projections._numbers import Number, lerp_
 from slimstate.projections._rounding import narrow_, widen
 
 from ._adam import (
-    EXP_AVG,
-    EXP_AVG_SQ,
-    WEIGHT,
     adamw_step_,
     check_adam,
     check_shared,
     is_number,
-    moment_dtype,
     moments_spec,
     rounding,
-    store_,
     take_,
     weight_spec,
 )
 from ._base import Entry, Group, Optimizer, Spec, refuse
+from ._moments import EXP_AVG, EXP_AVG_SQ, MOMENTS, WEIGHT, moment_of, moment_spec
 from ._sharding import Sums, together
 
 __all__ = ["SGDP", "AdamP"]
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 ROUNDED = (WEIGHT, EXP_AVG, EXP_AVG_SQ)  # the purposes of random bits
 
 
@@ -148,11 +143,12 @@ class TangentOptimizer(Optimizer):
     ) -> Iterator[tuple[slice, Tensor, Tensor, list[Tensor], Tensor]]:
         """Rows of W: which, W and G there, the moments after this step (in their own memory, unless copied), and U."""
         p, dtype, low = x.p, compute_dtype(x.p.dtype), rounding(x, group).low
-        w, g, *moments = map(torch.atleast_1d, (p, x.grad, *(x.state[key] for key in MOMENTS if key in x.state)))
+        w, g = map(torch.atleast_1d, (p, x.grad))
+        moments = [moment_of(x, key) for key in MOMENTS if key in x.state]
         low = None if low is None else torch.atleast_1d(low)
         for s in blocks(w, 0, 4 * dtype.itemsize):  # several temporaries of a block live at once
             g_s = -g[s].to(dtype) if group["maximize"] else g[s].to(dtype)
-            wide = [moment[s].to(dtype, copy=copy) for moment in moments]
+            wide = [moment.rows(s).read(dtype, copy=copy) for moment in moments]
             w_s = w[s] if p.dtype == dtype else widen(w[s], None if low is None else low[s], dtype)
             yield s, w_s, g_s, wide, self._direction(g_s, wide, x.step, group)
 
@@ -171,7 +167,7 @@ class TangentOptimizer(Optimizer):
     def _update(self, x: Entry, group: Group) -> None:
         p, dtype, how = x.p, compute_dtype(x.p.dtype), rounding(x, group)
         lr = group["lr"]
-        w, *moments = map(torch.atleast_1d, (p, *(x.state[key] for key in MOMENTS if key in x.state)))
+        w, moments = torch.atleast_1d(p), [moment_of(x, key) for key in MOMENTS if key in x.state]
         low = None if how.low is None else torch.atleast_1d(how.low)
 
         factor: Number = 1 - lr * self._decay(group)
@@ -184,9 +180,8 @@ class TangentOptimizer(Optimizer):
             w_s.mul_(factor[s] if isinstance(factor, Tensor) and factor.ndim else factor).sub_(u * lr)
             if p.dtype != dtype:
                 narrow_(w[s], w_s, how._replace(low=None if low is None else low[s]), s.start * columns)
-            for target, value, purpose in zip(moments, wide, (EXP_AVG, EXP_AVG_SQ), strict=False):
-                if target.dtype != value.dtype:
-                    store_(target[s], value, x.key(purpose), s.start * columns)
+            for moment, value in zip(moments, wide, strict=True):
+                moment.rows(s).write_(value)
 
 
 def parameter_of(x: Entry, group: Group) -> Parameter:
@@ -310,8 +305,9 @@ class AdamP(TangentOptimizer):
         layer_view: whether the layer view is tried. As published it is; on a weight that is not scale-invariant it
             fires by chance in 8 % of the steps at :math:`\delta = 0.1`, whatever the shape.
         maximize: ascend instead.
-        moment_dtype: `float32`, `bfloat16` (rounded stochastically) or `param` (the parameter's); None means float32,
-            and float64 for float64 parameters.
+        moment_dtype: `float32`, `bfloat16` (rounded stochastically), `param` (the parameter's) or `8bit` (codes with a
+            scale for 256 of them; float32 where those would save little or harm, see `docs/precision.md`); None means
+            float32, and float64 for float64 parameters.
         stochastic_rounding: of weights in bfloat16 and float16; None means on.
         compensation: instead, round weights in bfloat16 and float16 to nearest and keep what that takes away: training
             is then that of float32 weights, at 2 bytes a weight more of state.
@@ -430,8 +426,9 @@ class SGDP(TangentOptimizer):
         wd_ratio: :math:`q_\text{wd}`, the share of the decay that remains where a view fired. Default 0.1, the paper's.
         layer_view: whether the layer view is tried, see `AdamP`.
         maximize: ascend instead.
-        moment_dtype: `float32`, `bfloat16` (rounded stochastically) or `param` (the parameter's); None means float32,
-            and float64 for float64 parameters.
+        moment_dtype: `float32`, `bfloat16` (rounded stochastically), `param` (the parameter's) or `8bit` (codes with a
+            scale for 256 of them; float32 where those would save little or harm, see `docs/precision.md`); None means
+            float32, and float64 for float64 parameters.
         stochastic_rounding: of weights in bfloat16 and float16; None means on.
         compensation: instead, round weights in bfloat16 and float16 to nearest and keep what that takes away: training
             is then that of float32 weights, at 2 bytes a weight more of state.
@@ -508,18 +505,19 @@ class SGDP(TangentOptimizer):
             raise ValueError("nesterov=True needs momentum > 0 and dampening = 0")
 
     def _spec(self, p: Tensor, group: Group) -> Spec:
-        moment: Spec = {"momentum_buffer": (tuple(p.shape), moment_dtype(p, group))}
-        return moment | weight_spec(p, group)
+        return moment_spec("momentum_buffer", p, group, tuple(p.shape), self._layout(p, group)) | weight_spec(p, group)
 
     def _passing(self, p: Tensor, group: Group) -> frozenset[str]:
-        return frozenset({"momentum_buffer"})
+        return frozenset(moment_spec("momentum_buffer", p, group, tuple(p.shape), self._layout(p, group)))
 
     def _select_states(self, group: Group, params: list[Tensor]) -> None:
         for p in params:  # a scheduler may have raised the momentum from zero, or brought it there
+            keys = self._passing(p, group)
             if not group["momentum"]:
-                self.state[p].pop("momentum_buffer", None)
-            elif "momentum_buffer" not in self.state[p]:
-                self.state[p].update(self._zeros(p, group, ["momentum_buffer"]))
+                for key in keys:
+                    self.state[p].pop(key, None)
+            elif not keys <= self.state[p].keys():
+                self.state[p].update(self._zeros(p, group, keys))
 
     def _decay(self, group: Group) -> Number:
         rate: Number = group["weight_decay"] / (1 - group["momentum"])

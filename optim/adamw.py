@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 from ._adam import adamw_step_, check_adam, moments_spec, weight_spec
 from ._base import Entry, Group, Optimizer, Spec, refuse
 
-__all__ = ["AdamW"]
+__all__ = ["AdamW", "AdamW8bit"]
 
 
 class AdamW(Optimizer):
@@ -31,8 +31,9 @@ class AdamW(Optimizer):
         eps: :math:`\epsilon`, added to the root.
         weight_decay: decoupled weight decay :math:`\lambda`.
         maximize: ascend instead.
-        moment_dtype: `float32`, `bfloat16` (rounded stochastically) or `param` (the parameter's); None means float32,
-            and float64 for float64 parameters.
+        moment_dtype: `float32`, `bfloat16` (rounded stochastically), `param` (the parameter's) or `8bit` (codes with a
+            scale for 256 of them; float32 where those would save little or harm, see `docs/precision.md`); None means
+            float32, and float64 for float64 parameters.
         stochastic_rounding: of weights in bfloat16 and float16; None means on.
         compensation: instead, round weights in bfloat16 and float16 to nearest and keep what that takes away: training
             is then that of float32 weights, at 2 bytes a weight more of state.
@@ -71,7 +72,7 @@ class AdamW(Optimizer):
         seed: int = 0,
         **torch_keywords: Any,
     ) -> None:
-        refuse("AdamW", torch_keywords)
+        refuse(type(self).__name__, torch_keywords)
         defaults = dict(
             lr=lr,
             betas=betas,
@@ -94,3 +95,46 @@ class AdamW(Optimizer):
 
     def _step_group(self, group: Group, entries: list[Entry]) -> None:
         adamw_step_(entries, group)
+
+
+class AdamW8bit(AdamW):
+    r"""`AdamW` with `moment_dtype="8bit"` for a default: bitsandbytes' name for bitsandbytes' codes.
+
+    State of a parameter of n elements: :math:`2n + 8 n_0 \lceil n / (256\, n_0) \rceil` bytes, :math:`n_0` being its
+    dim 0, where `AdamW` keeps 8 n; 8 n too of vectors, of embeddings and of what has fewer than 4096 elements. See
+    `docs/precision.md`; `from_bitsandbytes` and `to_bitsandbytes` exchange states with `bitsandbytes.optim.AdamW8bit`.
+
+    Args:
+        params: parameters, named parameters, or groups.
+        lr: learning rate.
+        betas: decay rates of the moments.
+        eps: added to the root.
+        weight_decay: decoupled weight decay. Default 0.01, as in `AdamW` and in bitsandbytes.
+        moment_dtype: see `AdamW`.
+        settings: the others of `AdamW`.
+
+    Raises:
+        ValueError: as `AdamW`, and for a parameter that processes divide along another dimension than dim 0.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.ones(64, 512))
+        >>> optimizer = AdamW8bit([weight], lr=1e-3)
+        >>> weight.grad = torch.ones_like(weight)
+        >>> optimizer.step()
+        >>> optimizer.state[weight]["exp_avg"].dtype, tuple(optimizer.state[weight]["exp_avg_scale"].shape)
+        (torch.uint8, (64, 2))
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        moment_dtype: str | torch.dtype | None = "8bit",
+        **settings: Any,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, moment_dtype=moment_dtype, **settings)

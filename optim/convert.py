@@ -5,12 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimstate.ops.codes import BLOCK, code_values, decode, scale_shape
 from slimstate.projections._matrix import Side, matrix_view
 
 from ._loading import check_layout
+from ._moments import MOMENTS, decoded, encoded
 from ._projected import PROJ_TYPES
 
-__all__ = ["GALORE_TORCH", "GaLoreProjector", "from_galore_torch"]
+__all__ = ["GALORE_TORCH", "GaLoreProjector", "from_bitsandbytes", "from_galore_torch", "to_bitsandbytes"]
 
 
 class GaLoreProjector:
@@ -22,6 +24,9 @@ GALORE_TORCH = [(GaLoreProjector, "galore_torch.galore_projector.GaLoreProjector
 package."""
 
 ENTRIES = {"step", "projector", "exp_avg", "exp_avg_sq"}
+WRAPPED = "__bnb_optimizer_quant_state__"  # what bitsandbytes' state_dict() wraps a state's tensors in
+BITSANDBYTES = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
+ADEMAMIX = {"alpha": 0.0, "t_alpha": None, "t_beta3": None}  # keys of every group, which AdamW leaves at these
 OTHERS = {"state1": "its 8-bit AdamW", "RMS": "its Adafactor"}  # which no other of its optimizers has
 
 
@@ -73,6 +78,139 @@ def from_galore_torch(state_dict: dict[str, Any]) -> dict[str, Any]:
             if state := state_dict["state"].get(key):
                 states[key] = _state(key, state, groups[-1])
     return {"state": states, "param_groups": groups}
+
+
+def from_bitsandbytes(source: torch.optim.Optimizer | dict[str, Any]) -> dict[str, Any]:
+    """The state of `bitsandbytes.optim.AdamW8bit` (`Adam8bit`, `AdamW`), as `slimstate.optim.AdamW` loads it.
+
+    Taken over are the moments, the steps and the hyperparameters of the groups; the optimizer that loads it must have
+    the same parameters, in the same order and groups, and decides how moments are kept: an `AdamW8bit` as codes where
+    it keeps codes, an `AdamW` as float32. Codes go over as they are where a row (dim 0 against the rest) is a multiple
+    of 256 elements, for then both divide it into the same blocks. bitsandbytes' blocks otherwise go on from one row to
+    the next, and what is kept as codes is rounded again: by at most half the distance of two codes, 0.7 % of a block's
+    largest magnitude for first moments and 0.4 % for second ones.
+
+    Args:
+        source: that optimizer, or its `state_dict()`.
+
+    Returns:
+        A new state dict, which shares tensors with the source.
+
+    Raises:
+        ValueError: for anything else, such as a state of one moment, of AdEMAMix, or with a map of its own; says what.
+
+    Example:
+        >>> import torch
+        >>> from slimstate.optim import AdamW8bit
+        >>> state = {"step": 7, "state1": torch.ones(8), "state2": torch.ones(8)}  # small ones it keeps in 32 bits
+        >>> saved = {"state": {0: state}, "param_groups": [{"lr": 0.01, "params": [0]}]}
+        >>> weight = torch.nn.Parameter(torch.zeros(8))
+        >>> optimizer = AdamW8bit([weight])
+        >>> optimizer.load_state_dict(from_bitsandbytes(saved))
+        >>> int(optimizer.state[weight]["step"]), optimizer.param_groups[0]["lr"]
+        (7, 0.01)
+    """
+    saved = _state_dict(source)
+    groups = []
+    for group in saved["param_groups"]:
+        for key, value in ADEMAMIX.items():
+            if group.get(key, value) != value:
+                raise ValueError(f"{key}={group[key]!r} is AdEMAMix's, of which nothing can be taken over")
+        groups.append({key: value for key, value in group.items() if key not in ADEMAMIX})
+    return {"state": {key: _from_blocks(key, x) for key, x in saved["state"].items()}, "param_groups": groups}
+
+
+def _from_blocks(key: int | str, state: dict[str, Any]) -> dict[str, Any]:
+    state = {**state, **state.get(WRAPPED, {})}
+    if not {"step", "state1", "state2"} <= state.keys():
+        raise ValueError(f"the state of parameter {key} is not that of bitsandbytes' AdamW: it has {sorted(state)}")
+    result: dict[str, Any] = {"step": state["step"]}
+    for i, name in enumerate(("exp_avg", "exp_avg_sq"), start=1):
+        x = state[f"state{i}"]
+        if x.dtype != torch.uint8:
+            result[name] = x
+            continue
+        signed, absmax, qmap = MOMENTS[name][1], state.get(f"absmax{i}"), state.get(f"qmap{i}")
+        if not isinstance(absmax, Tensor) or tuple(absmax.shape) != scale_shape((x.numel(),), "rows"):
+            raise ValueError(f"'absmax{i}' of parameter {key} must be of blocks of {BLOCK} of {x.numel()} codes")
+        if not isinstance(qmap, Tensor) or not torch.allclose(qmap.cpu(), code_values(signed), rtol=1e-5, atol=0):
+            raise ValueError(f"'qmap{i}' of parameter {key} is not bitsandbytes' dynamic map of 8 bits")
+        if _same_blocks(x):
+            result |= {name: x, f"{name}_scale": absmax.view(scale_shape(x.shape, "rows"))}
+        else:
+            result[name] = decode(x.reshape(-1), absmax, signed=signed, layout="rows").view(x.shape)
+    return result
+
+
+def to_bitsandbytes(source: torch.optim.Optimizer | dict[str, Any]) -> dict[str, Any]:
+    """The state of `slimstate.optim.AdamW8bit` (`AdamW`), as `bitsandbytes.optim.AdamW8bit` loads it.
+
+    As `from_bitsandbytes`, the other way round. What is not codes here (embeddings, vectors, fewer than 4096 elements;
+    all of an `AdamW`) is float32 there too: bitsandbytes goes on with each state in the form that it has.
+
+    Args:
+        source: that optimizer, or its `state_dict()`.
+
+    Returns:
+        A new state dict, which may share tensors with the source.
+
+    Raises:
+        ValueError: for anything else, such as the state of a projected parameter or of a compensated weight, or for
+            `maximize=True`; says what.
+
+    Example:
+        >>> import torch
+        >>> from slimstate.optim import AdamW8bit
+        >>> weight = torch.nn.Parameter(torch.zeros(16, 512))
+        >>> optimizer = AdamW8bit([weight])
+        >>> weight.grad = torch.ones_like(weight)
+        >>> optimizer.step()
+        >>> state = to_bitsandbytes(optimizer)["state"][0]
+        >>> state["state1"].dtype, tuple(state["absmax1"].shape)
+        (torch.uint8, (32,))
+    """
+    saved = _state_dict(source)
+    groups = []
+    for group in saved["param_groups"]:
+        if group.get("maximize"):
+            raise ValueError("maximize=True has no counterpart in bitsandbytes")
+        kept = {key: group[key] for key in ("initial_lr", *BITSANDBYTES) if key in group}
+        kept["lr"] = float(kept["lr"])
+        groups.append(BITSANDBYTES | ADEMAMIX | kept | {"params": list(group["params"])})
+    states = {key: _to_blocks(key, x) for key, x in saved["state"].items() if "step" in x}
+    return {"state": states, "param_groups": groups}
+
+
+def _to_blocks(key: int | str, state: dict[str, Any]) -> dict[str, Any]:
+    scales = {f"{name}_scale" for name in ("exp_avg", "exp_avg_sq") if f"{name}_scale" in state}
+    if state.keys() - scales != {"step", "stream", "exp_avg", "exp_avg_sq"}:
+        raise ValueError(f"the state of parameter {key} is not that of an AdamW: it has {sorted(state)}")
+    result: dict[str, Any] = {"step": int(state["step"])}
+    for i, name in enumerate(("exp_avg", "exp_avg_sq"), start=1):
+        x, scale = state[name], state.get(f"{name}_scale")
+        if scale is None:
+            result[f"state{i}"] = x.float()
+            continue
+        codes, absmax = x, scale.reshape(-1)
+        if not _same_blocks(x):
+            flat = encoded(decoded(x, scale, name, "rows", torch.float32).view(-1), name, "rows")
+            codes, absmax = flat[name].view(x.shape), flat[f"{name}_scale"]
+        qmap = code_values(MOMENTS[name][1]).to(x.device, copy=True)
+        result |= {f"state{i}": codes, f"absmax{i}": absmax, f"qmap{i}": qmap}
+    return result
+
+
+def _same_blocks(x: Tensor) -> bool:
+    """Whether blocks along rows are those of the tensor as one row."""
+    return x[:1].numel() % BLOCK == 0
+
+
+def _state_dict(source: torch.optim.Optimizer | dict[str, Any]) -> dict[str, Any]:
+    saved = source.state_dict() if isinstance(source, torch.optim.Optimizer) else source
+    if not isinstance(saved, dict):
+        raise TypeError(f"source must be an optimizer or its state_dict(), got {type(source).__name__}")
+    check_layout(saved)
+    return saved
 
 
 def _group(saved: dict[str, Any]) -> dict[str, Any]:

@@ -6,16 +6,19 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.optim.optimizer import ParamsT
 
 from slimstate.ops import PartKey
+from slimstate.ops.codes import BLOCK
 from slimstate.projections import DCT, Hadamard, Projection
 from slimstate.projections._base import compute_dtype
 from slimstate.projections._blocks import blocks, largest_magnitude
 from slimstate.projections._dictionary import Columns, FixedDictionary, SomeRows
 
-from ._adam import aged_direction_, rounding, store_
+from ._adam import adam_directions, rounding
 from ._base import Group, Spec, refuse
+from ._moments import Moment, is_coded, moment_of, store_
 from ._projected import DEFAULT_RANK, Matrix, ProjectedOptimizer, Task, counts_apart, tasks_of
 from ._quantize import LEVELS, codes_shape, decode, encode
 from ._sharding import Part, total_
@@ -86,8 +89,9 @@ class DCTAdamW(ProjectedOptimizer):
             dtype; `8bit` or `4bit`, rounded at random and without bias to 255 or 15 levels between plus and minus the
             largest magnitude in each column of G.
         maximize: ascend instead.
-        moment_dtype: `float32`, `bfloat16` (rounded stochastically) or `param` (the parameter's); None means float32,
-            and float64 for float64 parameters.
+        moment_dtype: `float32`, `bfloat16` (rounded stochastically), `param` (the parameter's) or `8bit` (codes with a
+            scale for 256 of them; float32 where those would save little or harm, see `docs/precision.md`); None means
+            float32, and float64 for float64 parameters.
         stochastic_rounding: of weights in bfloat16 and float16; None means on.
         compensation: instead, round weights in bfloat16 and float16 to nearest and keep what that takes away: training
             is then that of float32 weights, at 2 bytes a weight more of state.
@@ -280,7 +284,7 @@ class DCTAdamW(ProjectedOptimizer):
         state = matrix.state
         index = matrix.member(state["index"], j)
         if group["transport"] == "rotate":
-            moments = [matrix.member(state[key], j) for key in ("exp_avg", "exp_avg_sq")]
+            moments = [moment_of(matrix, key).member(j) for key in ("exp_avg", "exp_avg_sq")]
             carry_(moments, matrix.member(state["ages"], j), index, new)
         index.copy_(new)
 
@@ -308,11 +312,12 @@ class DCTAdamW(ProjectedOptimizer):
                 for j in range(math.prod(x.view.lead)):
                     self._keep_error_(x, group, j, projection, x.member(r, j))
             x.state["ages"] += 1
+            (u,) = adam_directions([x], [r], group, [x.state["ages"]])
             projection.write_back_(
                 x.p,
                 x.view,
                 x.state["index"],
-                aged_direction_(x, r, group, x.state["ages"]),
+                u,
                 alpha=lr * group["scale"],
                 beta=1 - lr * group["weight_decay"],
                 rounding=rounding(x, group),
@@ -356,12 +361,30 @@ def _is_divided(matrix: Matrix) -> bool:
     return matrix.part is not None and matrix.part.divides("dk")
 
 
-def carry_(moments: list[Tensor], ages: Tensor, old: Tensor, new: Tensor) -> None:
+def carry_(moments: list[Moment], ages: Tensor, old: Tensor, new: Tensor) -> None:
     """Gives the rows of the moments (r x k) and their ages (r,) to the columns `new` that were chosen as `old` before,
     both sorted; rows of columns that were not become zeros of age 0."""
     place = torch.searchsorted(old, new).clamp_(max=len(old) - 1)
     fresh = old.index_select(0, place) != new
     ages.copy_(ages.index_select(0, place).masked_fill_(fresh, 0))
+
+    def carried(x: Tensor) -> Tensor:
+        return x.index_select(0, place).masked_fill_(fresh[:, None], 0)
+
+    if not is_coded(moments):
+        for moment in moments:
+            for s in blocks(moment.kept, 1, moment.kept.itemsize):
+                moment.kept[:, s] = carried(moment.kept[:, s])
+        return
+    # Blocks in which nothing moves keep their codes: rounded once more, they may be others.
+    moves = fresh | (place != torch.arange(len(new), device=new.device))
+    moves = pad(moves, (0, -len(new) % BLOCK)).view(-1, BLOCK).any(1, keepdim=True)
+    rows = moves.repeat_interleave(BLOCK, 0)[: len(new)]
     for moment in moments:
-        for s in blocks(moment, 1, moment.itemsize):
-            moment[:, s] = moment[:, s].index_select(0, place).masked_fill_(fresh[:, None], 0)
+        for s in blocks(moment.kept, 1):
+            part = moment.columns(s)
+            assert part.scale is not None
+            before, scale = part.kept.clone(), part.scale.clone()
+            part.write_(carried(part.read(torch.float32)))
+            part.kept.copy_(torch.where(rows, part.kept, before))
+            part.scale.copy_(torch.where(moves, part.scale, scale))

@@ -12,7 +12,7 @@ from ._adam import adam_directions, rounding
 from ._base import Group, refuse
 from ._projected import DEFAULT_RANK, Matrix, ProjectedOptimizer
 
-__all__ = ["GaLoreAdamW"]
+__all__ = ["GaLoreAdamW", "GaLoreAdamW8bit"]
 
 
 class GaLoreAdamW(ProjectedOptimizer):
@@ -59,8 +59,9 @@ class GaLoreAdamW(ProjectedOptimizer):
         transport: what becomes of the moments at a refresh: `rotate` (default) carries them into the new basis, `keep`
             leaves the numbers, `reset` forgets them and their age (in a stack of matrices those of all).
         maximize: ascend instead.
-        moment_dtype: `float32`, `bfloat16` (rounded stochastically) or `param` (the parameter's); None means float32,
-            and float64 for float64 parameters.
+        moment_dtype: `float32`, `bfloat16` (rounded stochastically), `param` (the parameter's) or `8bit` (codes with a
+            scale for 256 of them; float32 where those would save little or harm, see `docs/precision.md`); None means
+            float32, and float64 for float64 parameters.
         stochastic_rounding: of weights in bfloat16 and float16; None means on.
         compensation: instead, round weights in bfloat16 and float16 to nearest and keep what that takes away: training
             is then that of float32 weights, at 2 bytes a weight more of state.
@@ -144,3 +145,46 @@ class GaLoreAdamW(ProjectedOptimizer):
                 beta=1 - lr * group["weight_decay"],
                 rounding=rounding(x, group),
             )
+
+
+class GaLoreAdamW8bit(GaLoreAdamW):
+    r"""`GaLoreAdamW` with `moment_dtype="8bit"` for a default, galore-torch's name.
+
+    State of an m x n matrix: :math:`2 k r + 8 k \lceil r / 256 \rceil` bytes of moments, k = max(m,n), and min(m,n) r
+    elements for the basis; of what is not projected, as `AdamW8bit`. See `docs/precision.md`.
+
+    Args:
+        params: parameters, named parameters, or groups; groups of galore-torch work unchanged.
+        lr: learning rate.
+        betas: decay rates of the moments.
+        eps: added to the root.
+        weight_decay: decoupled weight decay.
+        moment_dtype: see `GaLoreAdamW`.
+        settings: the others of `GaLoreAdamW`.
+
+    Raises:
+        ValueError: as `GaLoreAdamW`, and for a parameter that is not projected and that processes divide along another
+            dimension than dim 0.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(1024, 64, bias=False)
+        >>> optimizer = GaLoreAdamW8bit(model.parameters(), lr=0.01, rank=16)
+        >>> _ = optimizer.step(lambda: model(torch.ones(1, 1024)).square().sum().backward())
+        >>> state = optimizer.state[model.weight]
+        >>> state["exp_avg"].dtype, tuple(state["exp_avg"].shape), tuple(state["exp_avg_scale"].shape)
+        (torch.uint8, (16, 1024), (1, 1024))
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        moment_dtype: str | torch.dtype | None = "8bit",
+        **settings: Any,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, moment_dtype=moment_dtype, **settings)

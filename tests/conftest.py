@@ -7,7 +7,7 @@ import hypothesis
 import pytest
 import torch
 
-import emulator
+import building
 from slimstate import ops
 
 pytest_plugins = ["contract_table"]
@@ -41,7 +41,8 @@ def seed() -> None:
 
 @pytest.fixture(scope="session")
 def emulated_library(request: pytest.FixtureRequest) -> ctypes.CDLL:
-    path = emulator.build(request.config.cache.mkdir("emulated"))
+    sanitized = os.environ.get("SLIMSTATE_TEST_SANITIZED") == "1"  # as tests/test_sanitizers.py has it
+    path = building.emulator(request.config.cache.mkdir("built"), sanitized)
     torch.ops.load_library(path)
     return ctypes.CDLL(str(path))
 

@@ -35,15 +35,16 @@ def files() -> list[Path]:
     return [Path(line) for line in listed.stdout.splitlines() if (ROOT / line).is_file()]
 
 
-def build_wheel(files: list[Path], folder: Path, ext: str) -> Path:
+def build_wheel(files: list[Path], folder: Path, **environment: str) -> tuple[Path, str]:
+    """The wheel, and what was printed."""
     for file in files:  # a copy, so that nothing left from other builds gets in
         (folder / "source" / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / file, folder / "source" / file)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", str(folder), "."]
-    built = run(*command, cwd=folder / "source", SLIMSTATE_EXT=ext)
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "-w", str(folder), "."]
+    built = run(*command, cwd=folder / "source", **environment)
     assert built.returncode == 0, built.stdout + built.stderr
     (wheel,) = folder.glob("*.whl")
-    return wheel
+    return wheel, built.stdout + built.stderr
 
 
 def python_with(wheel: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -56,7 +57,7 @@ def python_with(wheel: Path, folder: Path, *arguments: str) -> subprocess.Comple
 
 @pytest.fixture(scope="module")
 def pure_wheel(files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_wheel(files, tmp_path_factory.mktemp("pure"), ext="0")
+    return build_wheel(files, tmp_path_factory.mktemp("pure"), SLIMSTATE_EXT="0")[0]
 
 
 def test_pure_wheel_holds_the_package_and_nothing_else(pure_wheel, files):
@@ -101,16 +102,35 @@ def test_metadata(pure_wheel):
 def test_wheel_with_the_extension(files, tmp_path):
     if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "cl"))):
         pytest.skip("no C++ compiler")
-    wheel = build_wheel(files, tmp_path, ext="1")
+    wheel, _ = build_wheel(files, tmp_path, SLIMSTATE_EXT="1")
     assert re.fullmatch(rf"slimstate-{re.escape(slimstate.__version__)}-cp310-abi3-\w+\.whl", wheel.name)
     checked = python_with(wheel, tmp_path / "installed", "-m", "slimstate.ops")
     assert checked.returncode == 0 and "equals the reference" in checked.stdout, checked.stdout + checked.stderr
+    assert "for any machine" in checked.stdout  # pip keeps wheels, and people copy them
     if sys.platform == "linux" and shutil.which("nm"):
         library = tmp_path / "installed" / "slimstate" / "_C.abi3.so"
         symbols = run("nm", "-D", "--undefined-only", str(library), cwd=tmp_path).stdout
         assert "aoti_torch_library_def" in symbols
         # Nothing of torch's C++ interface, which changes with every release.
         assert not re.search(r"_ZNK?(2at|3c10|5torch)", symbols)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("hindrance", "message"),
+    [
+        ({"CXX": "no-such-compiler"}, r"the extension does not build for the CPU \(.*"),
+        ({"CXX": "false"}, r"the extension does not build for the CPU \(.*"),
+        ({"PYTHONPATH": "{folder}"}, r"no compiled extension, since torch cannot be imported \(none here\)"),
+    ],
+    ids=["no compiler", "an error while compiling", "no torch"],
+)
+def test_without_what_the_extension_needs_the_wheel_is_pure_and_says_why(files, tmp_path, hindrance, message):
+    (tmp_path / "torch.py").write_text("raise ImportError('none here')")
+    hindrance = {name: value.format(folder=tmp_path) for name, value in hindrance.items()}
+    wheel, printed = build_wheel(files, tmp_path, SLIMSTATE_EXT="", CUDA_HOME="", **hindrance)
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert re.search(rf"^ *slimstate: {message}", printed, re.MULTILINE), printed
 
 
 @pytest.mark.parametrize("folder", ["optim", "projections"])

@@ -8,11 +8,16 @@ from slimstate.optim import (
     SGDP,
     AdamP,
     AdamW,
+    AdamW8bit,
     DCTAdamW,
     GaLoreAdafactor,
     GaLoreAdamW,
+    GaLoreAdamW8bit,
     GradNormLoRP,
+    _moments,
 )
+
+_moments.SMALLEST_CODED = 64  # elements: the rule of 8-bit moments, for matrices as small as these
 
 # name -> (class, settings for matrices, settings for every parameter)
 CASES = {
@@ -84,8 +89,30 @@ CASES |= {
         name: CASES[name] for name in ("AdamW", "GaLoreAdamW, svd, rotate", "FRUGAL, columns")
     }.items()
 }
+CASES |= {
+    "AdamW8bit": (AdamW8bit, {}, {}),
+    "GaLoreAdamW8bit": (GaLoreAdamW8bit, {"rank": 4, "update_proj_gap": 2}, {}),
+} | {
+    f"{name}, 8-bit moments": (
+        kind,
+        matrices | ({"rank": 4} if "rank" in matrices else {}),
+        common | {"moment_dtype": "8bit"},
+    )
+    for name, (kind, matrices, common) in {
+        name: CASES[name] for name in ("SGDP", "FRUGAL, columns", "DCTAdamW, every step", "GaLoreAdafactor, beta1")
+    }.items()
+}
 # One or more of each class, for what its variants have in common.
-FEW = ["AdamW", "AdamP", "SGDP", "GaLoreAdamW, svd, rotate", "GaLoreAdamW, power, keep", "GaLoreAdamW, random, reset"]
+FEW = [
+    "AdamW",
+    "AdamW8bit",
+    "AdamP",
+    "SGDP",
+    "GaLoreAdamW8bit",
+    "GaLoreAdamW, svd, rotate",
+    "GaLoreAdamW, power, keep",
+    "GaLoreAdamW, random, reset",
+]
 FEW += ["GradNormLoRP, svd, rotate", "DCTAdamW, 8-bit errors", "FRUGAL, columns", "GaLoreAdafactor, beta1"]
 every = pytest.mark.parametrize("name", CASES)
 few = pytest.mark.parametrize("name", FEW)
@@ -98,7 +125,7 @@ DRAWN = ("power", "random", "columns", "rows", "entries")
 
 
 def moments_of(state):
-    return [key for key in state if key.startswith(("exp_avg", "momentum_buffer"))]
+    return [key for key in state if key.startswith(("exp_avg", "momentum_buffer")) and key not in _moments.SCALES]
 
 
 def model(dtype=torch.float32, seed=0):

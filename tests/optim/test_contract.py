@@ -41,7 +41,9 @@ from slimstate.optim import SGDP, AdamW, GaLoreAdafactor, state_bytes
 from training import gradients, parameter, run
 
 # What gives each matrix of a stack what it would get alone: nothing is drawn for each, or decided for all.
-TOGETHER = ("AdamP", "SGDP", "blocks", "errors", *DRAWN)
+TOGETHER = ("AdamP", "SGDP", "blocks", "errors", "8bit", "8-bit", *DRAWN)
+# What turns the step around instead of the gradient, whose codes are others: there is no -1.
+TURNED = ("DCTAdamW, every step, 8-bit moments", "GaLoreAdafactor, beta1, 8-bit moments")
 ALONE = [name for name in CASES if not any(word in name for word in TOGETHER)]
 
 # Construction.
@@ -405,7 +407,10 @@ def test_maximising_is_minimising_the_negative(name):
         backward(net, i)
         run(up, list(other.parameters()), [[-p.grad for p in net.parameters()]])
         down.step()
-    assert_equal(weights(net), weights(other))
+    if name in TURNED:
+        torch.testing.assert_close(weights(net), weights(other), rtol=0, atol=4e-3)
+    else:
+        assert_equal(weights(net), weights(other))
 
 
 @contract("closures run with gradients, and their loss is returned")
@@ -824,7 +829,8 @@ def test_the_lr_of_the_moment_is_used(name):
     train(net, optimizer, 0, 2)
     optimizer.param_groups[0]["lr"] = 0.0
     for state in optimizer.state.values() if CASES[name][0] is GaLoreAdafactor else ():
-        state.get("exp_avg", torch.zeros(1)).zero_()  # an average of steps, with the rates that they had
+        for key in state.keys() & {"exp_avg", "exp_avg_scale"}:
+            state[key].zero_()  # an average of steps, with the rates that they had
     before = weights(net)
     train(net, optimizer, 2, 5)
     assert_equal(weights(net), before)
@@ -874,7 +880,8 @@ def test_a_step_with_zero_gradients_and_lr_zero_only_creates_the_state(name, dty
             for o, w in ((optimizer, p), (trained, q))
         ]
         assert shapes[0] == shapes[1]
-        moments = [optimizer.state[p][key] for key in moments_of(optimizer.state[p])]
+        state = optimizer.state[p]
+        moments = [state.get(f"{key}_scale", state[key]) for key in moments_of(state)]
         assert all(x.abs().max() < 1e-29 for x in moments)  # Adafactor adds an epsilon
         assert not optimizer.state[p].get("basis", torch.zeros(1)).any()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cases import assert_equal
-from slimstate.optim import GaLoreAdamW, from_galore_torch
+from slimstate.optim import AdamW8bit, GaLoreAdamW, _moments, from_bitsandbytes, from_galore_torch, to_bitsandbytes
 from slimstate.optim.convert import GALORE_TORCH
 from training import gradients, parameter, run
 
@@ -179,3 +179,143 @@ def test_what_cannot_be_taken_over_is_refused(change, error, message):
     change(saved)
     with pytest.raises(error, match=message):
         from_galore_torch(saved)
+
+
+# bitsandbytes.
+
+SHAPES = [(24, 512), (40, 300), (4, 3, 512), (5000,), (8, 8)]  # the same blocks, others, the same; no codes here
+
+
+def eight_bit(params, grads, kind=None, steps=4, **settings):
+    """An optimizer of bitsandbytes or of this package that has trained with the first gradients."""
+    kind = kind or pytest.importorskip("bitsandbytes").optim.AdamW8bit
+    optimizer = kind(params, lr=0.01, weight_decay=0.1, **settings)
+    run(optimizer, params, grads[:steps])
+    return optimizer
+
+
+def problem():
+    params = [parameter(shape, seed=i) for i, shape in enumerate(SHAPES)]
+    return params, list(zip(*(torch.randn(8, *shape) * (0.5 + torch.rand(shape)) for shape in SHAPES), strict=True))
+
+
+def copies(params):
+    return [torch.nn.Parameter(p.detach().clone()) for p in params]
+
+
+def moved(params, others, start):
+    """How far apart the weights are, over how far they went."""
+    return max(((p - q).norm() / (p - s).norm()).item() for p, q, s in zip(params, others, start, strict=True))
+
+
+def dequantised(state, i):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    x = state[f"state{i}"]
+    if x.dtype != torch.uint8:
+        return x
+    flat = functional.dequantize_blockwise(
+        x.view(-1), absmax=state[f"absmax{i}"], code=state[f"qmap{i}"], blocksize=256
+    )
+    return flat.view(x.shape)
+
+
+@pytest.mark.parametrize("of", ["optimizer", "state dict", "file"])
+def test_moments_of_bitsandbytes_are_taken_over_and_training_goes_on_here(of):
+    params, grads = problem()
+    theirs = eight_bit(params, grads)
+    source = theirs if of == "optimizer" else theirs.state_dict()
+    if of == "file":
+        torch.save(source, file := io.BytesIO())
+        file.seek(0)
+        source = torch.load(file, weights_only=True)
+    mine = copies(params)
+    ours = AdamW8bit(mine)
+    ours.load_state_dict(from_bitsandbytes(source))
+    assert ours.param_groups[0]["lr"] == 0.01
+    assert ours.param_groups[0]["weight_decay"] == 0.1
+    for p, q, shape in zip(params, mine, SHAPES, strict=True):
+        there, here = theirs.state[p], ours.state[q]
+        assert here["step"] == 4
+        for i, key in enumerate(("exp_avg", "exp_avg_sq"), start=1):
+            coded = f"{key}_scale" in here
+            assert coded == ((len(shape) > 1 and q.numel() >= 4096) or q.numel() == 64)  # cases.SMALLEST_CODED
+            if shape in SHAPES[::2][:2]:
+                assert torch.equal(here[key], there[f"state{i}"])
+                assert torch.equal(here[f"{key}_scale"].view(-1), there[f"absmax{i}"])
+                continue
+            known = dequantised(there, i)
+            found = (
+                _moments.decoded(here[key], here[f"{key}_scale"], key, "rows", torch.float32) if coded else here[key]
+            )
+            assert (found - known).abs().max() <= (0.008 if coded else 0) * known.abs().max()
+    start = copies(params)
+    run(theirs, params, grads[4:])
+    run(ours, mine, grads[4:])
+    assert moved(params, mine, start) < 0.03
+
+
+def test_moments_from_here_are_taken_over_by_bitsandbytes_and_training_goes_on_there():
+    params, grads = problem()
+    ours = eight_bit(params, grads, AdamW8bit)
+    mine = copies(params)
+    theirs = eight_bit(mine, grads, steps=0)
+    theirs.load_state_dict(to_bitsandbytes(ours))
+    for p, q in zip(params, mine, strict=True):
+        here, there = ours.state[p], theirs.state[q]
+        assert there["step"] == 4
+        if "exp_avg_scale" not in here:
+            assert torch.equal(there["state1"], here["exp_avg"])
+        elif p.shape[1:].numel() % 256 == 0:
+            assert torch.equal(there["state2"], here["exp_avg_sq"])
+            assert torch.equal(there["absmax2"], here["exp_avg_sq_scale"].view(-1))
+        else:
+            known = _moments.decoded(here["exp_avg"], here["exp_avg_scale"], "exp_avg", "rows", torch.float32)
+            assert (dequantised(there, 1) - known).abs().max() <= 0.008 * known.abs().max()
+    start = copies(params)
+    run(ours, params, grads[4:])
+    run(theirs, mine, grads[4:])
+    assert moved(params, mine, start) < 0.03
+
+
+def test_an_exchange_there_and_back_changes_no_bit_where_blocks_are_the_same():
+    params, grads = problem()
+    ours = eight_bit(params, grads, AdamW8bit)
+    again = AdamW8bit(copies(params))
+    again.load_state_dict(from_bitsandbytes(to_bitsandbytes(ours)))
+    for p, (_q, state) in zip(params, again.state.items(), strict=True):
+        if p.ndim < 2 or p.shape[1:].numel() % 256 == 0:
+            assert_equal(
+                {k: x for k, x in state.items() if k != "stream"},
+                {k: x for k, x in ours.state[p].items() if k != "stream"},
+            )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s, g: g.update(alpha=5.0), "alpha=5.0 is AdEMAMix's"),
+        (lambda s, g: s.pop("state2"), "not that of bitsandbytes' AdamW: it has"),
+        (lambda s, g: s.update(absmax1=s["absmax1"][1:]), "'absmax1' of parameter 0 must be of blocks of 256"),
+        (lambda s, g: s.update(qmap2=s["qmap1"]), "'qmap2' of parameter 0 is not"),
+    ],
+)
+def test_what_cannot_be_taken_over_from_bitsandbytes_is_refused_with_the_reason(change, message):
+    params, grads = problem()
+    saved = to_bitsandbytes(eight_bit(params, grads, AdamW8bit, 1))
+    change(saved["state"][0], saved["param_groups"][0])
+    with pytest.raises(ValueError, match=message):
+        from_bitsandbytes(saved)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"maximize": True}, "maximize=True has no"), ({"compensation": True}, "compensation")]
+)
+def test_what_bitsandbytes_does_not_have_is_refused_with_the_reason(settings, message):
+    p = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.bfloat16))
+    p.grad = torch.ones_like(p)
+    optimizer = AdamW8bit([p], **settings)
+    optimizer.step()
+    with pytest.raises(ValueError, match=message):
+        to_bitsandbytes(optimizer)
+    with pytest.raises(TypeError, match="source must be an optimizer or its state_dict"):
+        to_bitsandbytes([p])

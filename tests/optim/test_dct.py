@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import training
 from slimstate.optim import AdamW, DCTAdamW, param_groups, state_bytes
+from slimstate.optim._moments import Moment
 from slimstate.optim._projected import Matrix
 from slimstate.optim._quantize import LEVELS
 from slimstate.optim.dct import carry_
@@ -179,7 +180,7 @@ def test_kept_columns_keep_moments_and_age_bitwise_and_new_ones_start_at_zero(d,
     moments[0][0] = math.nan  # goes where its column goes, and nowhere else
     ages = torch.randint(1, 50, (r,), generator=generator, dtype=torch.int32)
     before, aged = [x.clone() for x in moments], ages.tolist()
-    carry_(moments, ages, old, new)
+    carry_([Moment(None, key, 0, x) for key, x in zip(("exp_avg", "exp_avg_sq"), moments, strict=True)], ages, old, new)
     places = {column: i for i, column in enumerate(old.tolist())}
     for i, column in enumerate(new.tolist()):
         kept = places.get(column)

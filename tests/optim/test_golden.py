@@ -35,7 +35,8 @@ def given(known, choices):
 
     class Given(type(known)):
         def fit(self, m, old, counter):
-            return choices[counter[1]].to(self.dtype_of(m.dtype))
+            chosen = choices[counter[1]].to(self.dtype_of(m.dtype))
+            return chosen.sort().values if chosen.ndim == 1 else chosen
 
     return Given(**{f.name: getattr(known, f.name) for f in fields(known)})
 

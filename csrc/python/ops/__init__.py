@@ -9,17 +9,32 @@ reference and fuses it, which an opaque op would prevent.
 """
 
 from ._compiled import COMPILED, DEVICES
+from .adamw import Dense, adamw_step_, takes_adamw
+from .codes import decode, encode_
+from .directions import adam_direction_reference_, adam_directions_
 from .keys import WHOLE, Key, PartKey, Place, counter_key
 from .rounding import stochastic_round_, stochastic_round_reference_
+from .split import Split, SplitRule, split_, takes_split
 
 __all__ = [
     "COMPILED",
     "DEVICES",
     "WHOLE",
+    "Dense",
     "Key",
     "PartKey",
     "Place",
+    "Split",
+    "SplitRule",
+    "adam_direction_reference_",
+    "adam_directions_",
+    "adamw_step_",
     "counter_key",
+    "decode",
+    "encode_",
+    "split_",
     "stochastic_round_",
     "stochastic_round_reference_",
+    "takes_adamw",
+    "takes_split",
 ]

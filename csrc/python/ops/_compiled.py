@@ -15,9 +15,9 @@ except ImportError as error:
     warnings.warn(f"slimstate._C was built but does not load, PyTorch is used instead: {error}", stacklevel=2)
 else:
     DEVICES = frozenset(_C.DEVICES.split())
-    TARGET = f"compiled for the CPU ({'this machine: ' if _C.NATIVE else 'any machine; here '}{_C.CPU_LEVEL})"
+    TARGET = f"compiled for {'this machine' if _C.NATIVE else 'any machine'}, kernels run as {_C.CPU_LEVEL} here"
     if "cuda" in DEVICES:
         names = [f"sm_{int(number) // 10}" for number in _C.CUDA_ARCHITECTURES.split(",")]
-        TARGET += f" and for CUDA ({', '.join(names)})"
+        TARGET += f"; for CUDA {', '.join(names)}"
 
 COMPILED: bool = bool(DEVICES)

@@ -1,0 +1,275 @@
+#include "cpu/blocks.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "adamw.h"
+#include "cpu/clones.h"
+
+#if defined(SLIMSTATE_LEVELS) && (defined(__AVX2__) || !defined(SLIMSTATE_NATIVE))
+#define SLIMSTATE_AVX2
+#include <immintrin.h>
+#ifdef SLIMSTATE_NATIVE
+#define AVX2_FUNCTION
+#else
+#define AVX2_FUNCTION __attribute__((target("arch=x86-64-v3")))
+#endif
+#endif
+
+using torch::stable::Tensor;
+
+namespace slimstate {
+namespace {
+
+constexpr CodeMap maps[2] = {make_code_map(false), make_code_map(true)};
+
+void nearest_codes(uint8_t* codes, const float* x, const float* divisor, int64_t stride, int64_t n, bool with_sign) {
+  for (int64_t i = 0; i < n; ++i) codes[i] = nearest_code(x[i] / divisor[i * stride], maps[with_sign]);
+}
+
+// One by one: compilers make vectors of these, element by element, in twice the time.
+template <int64_t count>
+inline void look_up_some(float* x, const uint8_t* codes, const float* values) {
+#ifdef __GNUC__
+#pragma GCC unroll 16
+#endif
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits = float_bits(values[codes[i]]);
+#ifdef __GNUC__
+    asm("" : "+r"(bits));
+#endif
+    memcpy(x + i, &bits, sizeof bits);
+  }
+}
+
+#ifdef SLIMSTATE_AVX2
+
+// Positions among the magnitudes, 0 for 0, are linear within a decade: eight lines, in the order of magnitude, with
+// what lies above `above[i]` on line i + 1 or higher. The eighth is the value 1 alone.
+struct Lines {
+  float above[8], slope[8], start[8];
+};
+
+constexpr float unit = 1 << 15;  // fixed point: positions have 15 bits behind the point
+constexpr int uncertain = 3;     // of these units positions may be off, by rounding here and in the map
+
+constexpr Lines make_lines(bool with_sign) {
+  Lines lines{};
+  const CodeMap& map = maps[with_sign];
+  const int zero = with_sign ? 127 : 0, first = with_sign ? 1 : 2;  // so that a decade begins at a power of two
+  double scale = 1e-6;
+  for (int i = 0; i < code_decades; ++i, scale *= 10) {
+    const int parts = parts_of_decade(i, with_sign);
+    double slope = parts / (0.9 * scale), start = parts * 8 / 9.0;
+    if (i == 0) {  // its first value ends half way to zero, not where the decade does
+      const double low = map.between[zero], high = map.between[zero + 1];
+      slope = with_sign ? 0.3 / low : 1 / (high - low);
+      start = first - slope * low;
+    }
+    lines.above[i] = map.between[zero + 2 * parts - 1 - (first - 1)];
+    lines.slope[i] = static_cast<float>(slope * unit);
+    lines.start[i] = static_cast<float>(start * unit + uncertain);
+  }
+  lines.above[7] = std::numeric_limits<float>::infinity();
+  lines.start[7] = (with_sign ? 128.5F : 256.5F) * unit;
+  return lines;
+}
+
+constexpr Lines all_lines[2] = {make_lines(false), make_lines(true)};
+
+// Codes of 32 numbers at a time. Where a position comes so close to the next one that rounding could tell, all 32 are
+// looked up instead.
+template <bool with_sign, bool each, bool ahead>
+AVX2_FUNCTION void encode_avx2(uint8_t* codes, const float* x, const float* divisor, int64_t n, const Lookup& next) {
+  const float* values = maps[with_sign].value;
+  const Lines& lines = all_lines[with_sign];
+  const __m256 above = _mm256_loadu_ps(lines.above), slope = _mm256_loadu_ps(lines.slope);
+  const __m256 start = _mm256_loadu_ps(lines.start), ends = _mm256_set1_ps(2.248F);  // 8/9 of a decade's parts to 2
+  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)), one = _mm256_set1_ps(divisor[0]);
+  alignas(32) float quotients[code_block];
+  alignas(32) int32_t line[code_block];
+  for (int64_t i = 0; i < n; i += 8) {
+    __m256 a = _mm256_and_ps(_mm256_loadu_ps(x + i), magnitude);
+    a = _mm256_div_ps(a, each ? _mm256_loadu_ps(divisor + i) : one);
+    // The upper half of a number's bits is close enough to its logarithm for the line, or the one below it.
+    __m256i at = _mm256_subs_epu16(_mm256_srli_epi32(_mm256_castps_si256(a), 16), _mm256_set1_epi32(0x3500));
+    at = _mm256_mulhi_epu16(at, _mm256_set1_epi32(159));
+    const __m256 higher = _mm256_cmp_ps(a, _mm256_permutevar8x32_ps(above, at), _CMP_GT_OQ);
+    _mm256_store_ps(quotients + i, a);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(line + i), _mm256_sub_epi32(at, _mm256_castps_si256(higher)));
+    if constexpr (ahead) look_up_some<4>(next.x + i / 2, next.codes + i / 2, values);
+  }
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256i zero = _mm256_set1_epi16(with_sign ? 127 : -1);
+  const __m256i close = _mm256_set1_epi32((2 * uncertain + 1) << 17);
+  for (int64_t i = 0; i < n; i += 32) {
+    __m256i position[4], rest = _mm256_set1_epi32(-1);
+    for (int64_t k = 0; k < 4; ++k) {
+      const __m256i at = _mm256_load_si256(reinterpret_cast<const __m256i*>(line + i + 8 * k));
+      const __m256 from = _mm256_permutevar8x32_ps(start, at);
+      __m256 y = _mm256_fmadd_ps(_mm256_load_ps(quotients + i + 8 * k), _mm256_permutevar8x32_ps(slope, at), from);
+      y = _mm256_min_ps(_mm256_mul_ps(from, ends), y);  // a decade's last value goes on into the next
+      const __m256i fixed = _mm256_cvtps_epi32(y);
+      rest = _mm256_min_epu32(rest, _mm256_slli_epi32(fixed, 17));
+      position[k] = _mm256_srli_epi32(fixed, 15);
+      if (with_sign) {
+        const __m256i sign = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i + 8 * k));
+        position[k] = _mm256_sign_epi32(position[k], sign);
+      }
+    }
+    const __m256i low = _mm256_add_epi16(_mm256_packs_epi32(position[0], position[1]), zero);
+    const __m256i high = _mm256_add_epi16(_mm256_packs_epi32(position[2], position[3]), zero);
+    const __m256i packed = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i), packed);
+    if constexpr (ahead) look_up_some<16>(next.x + (n + i) / 2, next.codes + (n + i) / 2, values);
+    const __m256i certain = _mm256_cmpeq_epi32(_mm256_max_epu32(rest, close), rest);
+    if (_mm256_movemask_epi8(certain) != -1) {
+      nearest_codes(codes + i, x + i, divisor + (each ? i : 0), each, 32, with_sign);
+    }
+  }
+}
+
+// Whether the machine has it.
+bool has_avx2() {
+#ifdef SLIMSTATE_NATIVE
+  return true;
+#else
+  static const bool here = __builtin_cpu_supports("x86-64-v3");
+  return here;
+#endif
+}
+
+#endif
+
+template <bool with_sign, bool each>
+void encode(uint8_t* codes, const float* x, const float* divisor, int64_t n, const Lookup& next) {
+  int64_t done = 0;
+#ifdef SLIMSTATE_AVX2
+  if (has_avx2()) {
+    done = n - n % 32;
+    if (!each && n == code_block && next.n == code_block) {
+      encode_avx2<with_sign, false, true>(codes, x, divisor, n, next);
+      return;
+    }
+    encode_avx2<with_sign, each, false>(codes, x, divisor, done, {});
+  }
+#endif
+  nearest_codes(codes + done, x + done, divisor + (each ? done : 0), each, n - done, with_sign);
+  look_up(next, with_sign);
+}
+
+}  // namespace
+
+SLIMSTATE_CLONES float largest(const float* x, int64_t n) {
+  uint32_t most = 0;  // of magnitudes the bits are in the order of the numbers, and NaN is above them
+  for (int64_t i = 0; i < n; ++i) most = std::max(most, float_bits(x[i]) & 0x7fffffffU);
+  return std::bit_cast<float>(most);
+}
+
+void look_up(const Lookup& block, bool with_sign) {
+  const float* values = maps[with_sign].value;
+  int64_t i = 0;
+  for (; i + 16 <= block.n; i += 16) look_up_some<16>(block.x + i, block.codes + i, values);
+  for (; i < block.n; ++i) block.x[i] = values[block.codes[i]];
+}
+
+void encode_block(uint8_t* codes, const float* x, float scale, int64_t n, bool with_sign, const Lookup& next) {
+  const float divisor = scale == 0 ? 1 : scale;
+  with_sign ? encode<true, false>(codes, x, &divisor, n, next) : encode<false, false>(codes, x, &divisor, n, next);
+}
+
+void encode_each(uint8_t* codes, const float* x, const float* divisor, int64_t n, bool with_sign) {
+  with_sign ? encode<true, true>(codes, x, divisor, n, {}) : encode<false, true>(codes, x, divisor, n, {});
+}
+
+}  // namespace slimstate
+
+namespace {
+
+using slimstate::code_block;
+using slimstate::CodeRuns;
+
+SLIMSTATE_CLONES void larger_of_each(float* most, const float* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t a = slimstate::float_bits(most[i]), b = slimstate::float_bits(x[i]) & 0x7fffffffU;
+    most[i] = std::bit_cast<float>(std::max(a, b));
+  }
+}
+
+SLIMSTATE_CLONES void times(float* x, float scale, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] *= scale;
+}
+
+SLIMSTATE_CLONES void times_each(float* x, const float* scale, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] *= scale[i];
+}
+
+// Calls step(first element, how many along the run, scale, how many beside it) for pieces of the tensor: a block of a
+// run, or 256 neighbouring blocks of as many runs.
+template <typename Step>
+void for_each_piece(const CodeRuns& runs, const Step& step) {
+  const int64_t blocks = slimstate::blocks_of_run(runs.length);
+  const int64_t beside = (runs.inner + code_block - 1) / code_block;
+  torch::stable::parallel_for(0, runs.outer * blocks * beside, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t column = piece % beside * code_block, block = piece / beside % blocks;
+      const int64_t outer = piece / beside / blocks, row = block * code_block;
+      step((outer * runs.length + row) * runs.inner + column, std::min(code_block, runs.length - row),
+           (outer * blocks + block) * runs.inner + column, std::min(code_block, runs.inner - column));
+    }
+  });
+}
+
+void encode_(Tensor codes, Tensor scale, Tensor x, bool with_sign, bool columns) {
+  const CodeRuns runs = slimstate::check_codes("encode_", codes, scale, x, columns);
+  auto* target = static_cast<uint8_t*>(codes.mutable_data_ptr());
+  auto* scales = static_cast<float*>(scale.mutable_data_ptr());
+  const auto* source = static_cast<const float*>(x.const_data_ptr());
+  for_each_piece(runs, [&](int64_t first, int64_t rows, int64_t at, int64_t width) {
+    if (runs.inner == 1) {
+      scales[at] = slimstate::largest(source + first, rows);
+      slimstate::encode_block(target + first, source + first, scales[at], rows, with_sign);
+      return;
+    }
+    float divisor[code_block] = {};
+    for (int64_t i = 0; i < rows; ++i) larger_of_each(divisor, source + first + i * runs.inner, width);
+    for (int64_t j = 0; j < width; ++j) {
+      scales[at + j] = divisor[j];
+      if (divisor[j] == 0) divisor[j] = 1;
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t row = first + i * runs.inner;
+      slimstate::encode_each(target + row, source + row, divisor, width, with_sign);
+    }
+  });
+}
+
+void decode_(Tensor x, Tensor codes, Tensor scale, bool with_sign, bool columns) {
+  const CodeRuns runs = slimstate::check_codes("decode_", codes, scale, x, columns);
+  const auto* source = static_cast<const uint8_t*>(codes.const_data_ptr());
+  const auto* scales = static_cast<const float*>(scale.const_data_ptr());
+  auto* target = static_cast<float*>(x.mutable_data_ptr());
+  for_each_piece(runs, [&](int64_t first, int64_t rows, int64_t at, int64_t width) {
+    if (runs.inner == 1) {
+      slimstate::look_up({target + first, source + first, rows}, with_sign);
+      times(target + first, scales[at], rows);
+      return;
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t row = first + i * runs.inner;
+      slimstate::look_up({target + row, source + row, width}, with_sign);
+      times_each(target + row, scales + at, width);
+    }
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(slimstate, CPU, m) {
+  m.impl("encode_", TORCH_BOX(&encode_));
+  m.impl("decode_", TORCH_BOX(&decode_));
+}

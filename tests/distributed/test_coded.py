@@ -1,0 +1,43 @@
+"""Blocks of 8-bit moments never go from row to row: divided parameters have the codes of whole ones."""
+
+import coded
+import pytest
+import torch
+
+import sharded
+from cases import CASES
+from world import world
+
+EXACT = ["AdamW8bit", "FRUGAL, columns, 8-bit moments"]  # nothing that is rounded otherwise than in one process
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_shards_train_as_the_whole_bit_for_bit(name):
+    for worst in world(2).run(sharded.equal_to_one_process, name, 0, torch.float32, 10, coded.SHAPES):
+        assert worst == (0, 0)
+
+
+def test_shards_of_a_projected_matrix_train_as_the_whole_but_for_codes_that_rounding_decides():
+    assert "GaLoreAdamW8bit" in CASES
+    for of_distance, _ in world(2).run(sharded.equal_to_one_process, "GaLoreAdamW8bit", 0, torch.float64, 10):
+        assert of_distance < 0.02
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("after", [1, 3])
+def test_fewer_or_more_processes_have_the_codes_that_were_saved_and_go_on_bit_for_bit(tmp_path, name, after):
+    world(2).run(coded.saved, name, tmp_path)
+    for found in world(after).run(coded.resumed, name, tmp_path):
+        assert found == ([], [])
+
+
+def test_blocks_that_processes_cut_are_refused_with_what_to_use():
+    message = (
+        "moment_dtype='8bit' keeps moments in blocks along rows, which processes divide of a parameter of shape "
+        "(64, 300), S(1): use moment_dtype='bfloat16' for it, or shard dim 0 (shard_placement_fn of "
+        "fully_shard)"
+    )
+    for built, added, stepped, held in world(2).run(coded.refused):
+        assert built == added == ("ValueError", message)
+        assert stepped == ("ValueError", message)
+        assert not held
