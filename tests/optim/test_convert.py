@@ -196,7 +196,7 @@ def eight_bit(params, grads, kind=None, steps=4, **settings):
 
 def problem():
     params = [parameter(shape, seed=i) for i, shape in enumerate(SHAPES)]
-    return params, list(zip(*(torch.randn(8, *shape) * torch.rand(shape) for shape in SHAPES), strict=True))
+    return params, list(zip(*(torch.randn(8, *shape) * (0.5 + torch.rand(shape)) for shape in SHAPES), strict=True))
 
 
 def copies(params):

@@ -50,7 +50,7 @@ SHARED = {
     "lr": LR,
     "weight_decay": st.floats(0, 1),
     "maximize": st.booleans(),
-    "moment_dtype": some([None, "float32", "bfloat16", "param", torch.bfloat16]),
+    "moment_dtype": some([None, "float32", "bfloat16", "param", "8bit", torch.bfloat16]),
     "stochastic_rounding": some([None, True, False]),
     "compensation": st.booleans(),
     "nonfinite": some(["propagate", "skip", "raise"]),

@@ -75,6 +75,7 @@ def test_the_values_have_the_bits_that_checkpoints_were_written_with():
 def test_codes_are_those_of_a_search_for_the_nearest_value(signed):
     values = code_values(signed)
     between = (values[1:] + values[:-1]) / 2
+    between = torch.where(between < 0, torch.nextafter(between, torch.tensor(-9.0)), between)  # to zero, either way
     halves = (torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16).view(torch.float32)
     x = torch.cat([values, between, halves, torch.tensor([1e-45, -1e-45])])
     x = torch.cat([torch.nextafter(x, torch.tensor(-9.0)), x, torch.nextafter(x, torch.tensor(9.0))])
@@ -82,7 +83,8 @@ def test_codes_are_those_of_a_search_for_the_nearest_value(signed):
     found = codes_of._nearest(x, signed)
     assert torch.equal(found, torch.bucketize(x, between, out_int32=True).to(torch.uint8))
     distances = (values.double() - x.double()[:, None]).abs()
-    assert torch.equal(distances.gather(1, found.long()[:, None])[:, 0], distances.amin(1))
+    # What is half way is rounded to float32.
+    assert (distances.gather(1, found.long()[:, None])[:, 0] <= distances.amin(1) + 2e-7 * x.abs()).all()
 
 
 @given(
@@ -205,6 +207,22 @@ def test_the_ops_of_compiled_graphs_pass_opcheck(layout):
     ops = torch.ops.slimstate
     torch.library.opcheck(ops.encode_whole_.default, (codes.clone(), scale.clone(), x, True, layout))
     torch.library.opcheck(ops.decode_whole.default, (codes, scale, True, layout, torch.float32))
+
+
+def test_defaults_of_dtype_and_device_change_nothing():
+    x = drawn((3, 300), 0, True)
+    expected = through(x, True, "rows")
+    for cached in (code_values, codes_of._tables):
+        cached.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            codes, scale = torch.empty_like(x, dtype=torch.uint8), x.new_empty(3, 2)
+            encode_(codes, scale, x, signed=True, layout="rows")
+            assert_equal(decode(codes, scale, signed=True, layout="rows"), expected)
+            assert_equal(_moments.encoded(x, "exp_avg", "rows"), {"exp_avg": codes, "exp_avg_scale": scale})
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 # The rule.
@@ -425,45 +443,52 @@ def test_codes_that_do_not_fit_are_refused_whole(kind, key, edit, message, wide)
 # Training.
 
 
-def digits(seed=0):
-    """Noisy pictures of ten shapes, 8 x 8."""
+def pictures(seed=0):
+    """Noisy pictures of ten shapes, 8 x 8, a quarter of them under a wrong name."""
     generator = torch.Generator().manual_seed(seed)
     shapes = torch.nn.functional.avg_pool2d(torch.randn(10, 1, 10, 10, generator=generator), 3, 1).flatten(1)
     y = torch.randint(10, (512,), generator=generator)
-    return 3 * shapes[y] + 0.7 * torch.randn(512, 64, generator=generator), y
+    x = 3 * shapes[y] + torch.randn(512, 64, generator=generator)
+    return x, torch.where(
+        torch.rand(512, generator=generator) < 0.25, torch.randint(10, (512,), generator=generator), y
+    )
 
 
 PROBLEMS = {
-    "AdamW": (AdamW, {}, 3e-3),
-    "AdamP": (AdamP, {}, 3e-3),
-    "SGDP": (SGDP, {"momentum": 0.9}, 0.1),
-    "GaLoreAdamW": (GaLoreAdamW, {"update_proj_gap": 20, "scale": 1.0}, 5e-3),
+    "AdamW": (AdamW, {}, 1e-3),
+    "AdamP": (AdamP, {}, 1e-3),
+    "SGDP": (SGDP, {"momentum": 0.9}, 0.02),
+    "GaLoreAdamW": (GaLoreAdamW, {"update_proj_gap": 20, "scale": 1.0}, 2e-3),
     "GaLoreAdafactor": (
         GaLoreAdafactor,
         {"update_proj_gap": 20, "scale": 1.0, "beta1": 0.9, "scale_parameter": False},
         5e-3,
     ),
-    "GradNormLoRP": (GradNormLoRP, {"update_proj_gap": 20, "scale": 1.0}, 5e-3),
-    "DCTAdamW": (DCTAdamW, {}, 5e-3),
-    "FRUGAL, lion": (FRUGAL, {"update_proj_gap": 20, "inner": "lion"}, 1e-3),
-    "FRUGAL": (FRUGAL, {"update_proj_gap": 20}, 1e-3),
+    "GradNormLoRP": (GradNormLoRP, {"update_proj_gap": 20, "scale": 1.0}, 2e-3),
+    "DCTAdamW": (DCTAdamW, {}, 2e-3),
+    "FRUGAL, lion": (FRUGAL, {"update_proj_gap": 20, "inner": "lion"}, 3e-4),
+    "FRUGAL": (FRUGAL, {"update_proj_gap": 20}, 3e-4),
 }
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_training_with_codes_goes_as_far_as_with_numbers(name, record_property):
+def trained(name, dtype, steps=60):
+    """The loss before and after training."""
     kind, settings, lr = PROBLEMS[name]
-    x, y = digits()
-    losses = {}
-    for dtype in ("float32", "8bit"):
-        torch.default_generator.manual_seed(1)
-        net = torch.nn.Sequential(torch.nn.Linear(64, 300), torch.nn.Tanh(), torch.nn.Linear(300, 10))
-        optimizer = kind(net.parameters(), lr=lr, moment_dtype=dtype, **settings)
-        for i in range(80):
-            optimizer.zero_grad()
-            s = slice(i % 4 * 128, i % 4 * 128 + 128)
-            torch.nn.functional.cross_entropy(net(x[s]), y[s]).backward()
-            optimizer.step()
-        losses[dtype] = torch.nn.functional.cross_entropy(net(x), y).item()
-    assert losses["8bit"] < 1.05 * losses["float32"] + 0.005
-    record_property("losses", losses)
+    x, y = pictures()
+    torch.default_generator.manual_seed(1)
+    net = torch.nn.Sequential(torch.nn.Linear(64, 300), torch.nn.Tanh(), torch.nn.Linear(300, 10))
+    optimizer = kind(net.parameters(), lr=lr, moment_dtype=dtype, **settings)
+    losses = [torch.nn.functional.cross_entropy(net(x), y).item()]
+    for i in range(steps):
+        optimizer.zero_grad()
+        s = slice(i % 4 * 128, i % 4 * 128 + 128)
+        torch.nn.functional.cross_entropy(net(x[s]), y[s]).backward()
+        optimizer.step()
+    return [*losses, torch.nn.functional.cross_entropy(net(x), y).item()]
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_training_with_codes_goes_as_far_as_with_numbers(name):
+    before, after = trained(name, "float32")
+    assert 0.1 * before < after < 0.7 * before
+    assert abs(trained(name, "8bit")[1] - after) < 0.005 * (before - after)
