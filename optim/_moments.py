@@ -58,7 +58,7 @@ def holds_codes(shape: tuple[int, ...], layout: Layout) -> bool:
       layers; they save nothing that shows, and their steps matter;
     - embeddings and heads: not projected, two dimensions, 16384 rows or more and five times as many rows as columns
       (LLaMA's 32000 x 4096). Rows of rare tokens have gradients in few steps and far smaller second moments than
-      their neighbours, which Dettmers et al. find to be what makes 8-bit training unstable;
+      their neighbours; Dettmers et al. keep them in 32 bits;
     - runs of fewer than 4 elements, of which each would pay for a scale of 4 bytes, as in vectors, which are one
       element in each row: blocks never go from one row to the next, so that processes can divide rows anywhere.
     """
@@ -104,7 +104,7 @@ def as_found(spec: "Spec", state: "State", layout: Layout) -> "Spec":
 def encoded(x: Tensor, key: str, layout: Layout) -> dict[str, Tensor]:
     """A moment of this name as codes and scales."""
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-    scale = torch.empty(scale_shape(x.shape, layout), device=x.device)
+    scale = torch.empty(scale_shape(x.shape, layout), dtype=torch.float32, device=x.device)
     encode_(codes, scale, x, signed=MOMENTS[key][1], layout=layout)
     return {key: codes, f"{key}_scale": scale}
 

@@ -209,6 +209,22 @@ def test_the_ops_of_compiled_graphs_pass_opcheck(layout):
     torch.library.opcheck(ops.decode_whole.default, (codes, scale, True, layout, torch.float32))
 
 
+def test_defaults_of_dtype_and_device_change_nothing():
+    x = drawn((3, 300), 0, True)
+    expected = through(x, True, "rows")
+    for cached in (code_values, codes_of._tables):
+        cached.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            codes, scale = torch.empty_like(x, dtype=torch.uint8), x.new_empty(3, 2)
+            encode_(codes, scale, x, signed=True, layout="rows")
+            assert_equal(decode(codes, scale, signed=True, layout="rows"), expected)
+            assert_equal(_moments.encoded(x, "exp_avg", "rows"), {"exp_avg": codes, "exp_avg_scale": scale})
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 # The rule.
 
 

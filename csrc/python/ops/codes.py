@@ -42,12 +42,12 @@ def code_values(signed: bool) -> Tensor:
     ``code_values(True)`` is for numbers of either sign, and has no -1; ``code_values(False)`` is for numbers >= 0, and
     twice as fine. Equal to ``bitsandbytes.functional.create_dynamic_map(signed)``, to the bit.
     """
-    values = [torch.tensor([0.0, 1.0])]
-    low, high = torch.tensor(0.1).double(), torch.tensor(1.0).double()
+    values = [torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")]  # whatever the defaults are
+    low, high = (torch.tensor(x, dtype=torch.float32, device="cpu").double() for x in (0.1, 1.0))
     for i in range(DECADES):
         parts = 2 ** (i + (not signed))
         # torch.linspace in float32, which rounds once where the processor multiplies and adds at once.
-        width, j = ((high.float() - low.float()) / parts).double(), torch.arange(parts + 1)
+        width, j = ((high.float() - low.float()) / parts).double(), torch.arange(parts + 1, device="cpu")
         edges = torch.where(j < (parts + 1) // 2, low + width * j, high - width * (parts - j)).float()
         middles = (edges[1:] + edges[:-1]) / 2 * 10 ** (i - DECADES + 1)
         values += [middles, -middles] if signed else [middles]
@@ -71,8 +71,8 @@ def _tables(signed: bool, device: torch.device) -> _Tables:
     values = code_values(signed)
     between = (values[1:] + values[:-1]) / 2
     # Half way between two negative numbers, too, it is the one of smaller magnitude.
-    between = torch.where(between < 0, torch.nextafter(between, torch.tensor(-math.inf)), between)
-    least = torch.arange(-HALVES, HALVES, dtype=torch.int32) << 16  # in magnitude
+    between = torch.where(between < 0, torch.nextafter(between, torch.full_like(between, -math.inf)), between)
+    least = torch.arange(-HALVES, HALVES, dtype=torch.int32, device="cpu") << 16  # in magnitude
     ends = torch.bucketize(torch.stack((least, least | 0xFFFF)).view(torch.float32), between)
     lower = ends.amin(0)
     open_ = torch.where(ends[0] == ends[1], math.inf, between[lower.clamp(max=254)])
@@ -158,7 +158,7 @@ def decode(codes: Tensor, scale: Tensor, *, signed: bool, layout: Layout, dtype:
         return torch.ops.slimstate.decode_whole(codes, scale, signed, layout, dtype)
     if codes.device.type not in DEVICES:
         return decode_reference(codes, scale, signed=signed, layout=layout).to(dtype)
-    x = torch.empty(codes.shape, device=codes.device)
+    x = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
     if x.numel():
         torch.ops.slimstate.decode_(x, codes.contiguous(), scale.contiguous(), signed, layout == "columns")
     return x.to(dtype)
@@ -186,7 +186,7 @@ def encode_reference_(codes: Tensor, scale: Tensor, x: Tensor, *, signed: bool, 
     """What :func:`encode_` computes, in PyTorch."""
     runs = _runs(codes.shape, layout)
     wide, found = x.to(torch.float32).reshape(runs), torch.empty(runs, dtype=torch.uint8, device=x.device)
-    scales = torch.empty(runs[0], _count(runs[1]), runs[2], device=x.device)
+    scales = wide.new_empty(runs[0], _count(runs[1]), runs[2])
     for blocks, into, largest in zip(_blocks(wide), _blocks(found), _scales(scales, runs[1]), strict=True):
         torch.amax(blocks.abs(), 2, keepdim=True, out=largest)
         into.copy_(_nearest(blocks / torch.where(largest == 0, 1, largest), signed))
@@ -227,7 +227,9 @@ def _runs(shape: Sequence[int], layout: Layout) -> tuple[int, int, int]:
 def _blocks(x: Tensor) -> list[Tensor]:
     """(outer, length, inner) as (outer, blocks, 256, inner), and the shorter ones that may be left over: views."""
     whole = x.shape[1] // BLOCK * BLOCK
-    return [x[:, :whole].unflatten(1, (-1, BLOCK)), x[:, None, whole:]][: 1 + (whole < x.shape[1])][not whole :]
+    return [x[:, :whole].unflatten(1, (whole // BLOCK, BLOCK)), x[:, None, whole:]][: 1 + (whole < x.shape[1])][
+        not whole :
+    ]
 
 
 def _scales(scales: Tensor, length: int) -> list[Tensor]:
