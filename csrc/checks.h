@@ -2,6 +2,7 @@
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <vector>
 
 namespace slimstate {
@@ -44,41 +45,59 @@ inline bool check_moments(const char* op, const torch::stable::Tensor& m, const 
   return m.scalar_type() == ScalarType::BFloat16;
 }
 
-// Whether the moments of a list are bfloat16.
-inline bool check_directions(const std::vector<torch::stable::Tensor>& rs,
-                             const std::vector<torch::stable::Tensor>& exp_avgs,
-                             const std::vector<torch::stable::Tensor>& exp_avg_sqs,
-                             const std::vector<torch::stable::Tensor>& ages, const std::vector<double>& biases,
-                             const std::vector<int64_t>& keys, const std::vector<int64_t>& places) {
+enum class Moments { FLOAT32, BFLOAT16, CODES };
+
+// How the moments of a list are kept.
+inline Moments check_directions(const std::vector<torch::stable::Tensor>& rs,
+                                const std::vector<torch::stable::Tensor>& exp_avgs,
+                                const std::vector<torch::stable::Tensor>& exp_avg_sqs,
+                                const std::vector<torch::stable::Tensor>& scales,
+                                const std::vector<torch::stable::Tensor>& ages, const std::vector<double>& biases,
+                                const std::vector<int64_t>& keys, const std::vector<int64_t>& places) {
   using torch::headeronly::ScalarType;
   constexpr const char* op = "adam_directions_";
   const size_t count = rs.size();
   STD_TORCH_CHECK(exp_avgs.size() == count && exp_avg_sqs.size() == count, op, ": as many moments as R needed");
+  STD_TORCH_CHECK(scales.empty() || scales.size() == 2 * count, op, ": two scales for each of ", count, " needed");
   STD_TORCH_CHECK(ages.empty() ? biases.size() == 2 * count : ages.size() == count, op,
                   ": either ages of each matrix or two corrections needed");
-  bool low = false;
+  Moments kept = scales.empty() ? Moments::FLOAT32 : Moments::CODES;
   for (size_t i = 0; i < count; ++i) {
-    STD_TORCH_CHECK(rs[i].scalar_type() == ScalarType::Float && rs[i].is_contiguous(), op,
-                    ": R must be float32 and contiguous");
-    const bool own = check_moments(op, exp_avgs[i], exp_avg_sqs[i], rs[i].numel());
-    STD_TORCH_CHECK(i == 0 || own == low, op, ": all moments must have one dtype");
-    low = own;
-    STD_TORCH_CHECK(on_one_device(rs[i], exp_avgs[i]) && on_one_device(rs[i], exp_avg_sqs[i]) &&
-                        on_one_device(rs[i], rs[0]),
-                    op, ": all tensors must be on one device");
+    const torch::stable::Tensor &r = rs[i], &m = exp_avgs[i], &v = exp_avg_sqs[i];
+    STD_TORCH_CHECK(r.scalar_type() == ScalarType::Float && r.is_contiguous(), op, ": R must be float32 and contiguous");
+    STD_TORCH_CHECK(on_one_device(r, m) && on_one_device(r, v) && on_one_device(r, rs[0]), op,
+                    ": all tensors must be on one device");
+    if (kept == Moments::CODES) {
+      STD_TORCH_CHECK(r.dim() >= 2, op, ": codes go down the columns of matrices");
+      const int64_t length = r.size(r.dim() - 2), inner = r.size(r.dim() - 1);
+      const int64_t blocks = (length + 255) / 256 * inner;
+      const int64_t needed = length == 0 ? 0 : r.numel() / std::max<int64_t>(1, length * inner) * blocks;
+      for (const auto* x : {&m, &v}) {
+        STD_TORCH_CHECK(x->scalar_type() == ScalarType::Byte && x->is_contiguous() && x->numel() == r.numel(), op,
+                        ": codes must be uint8, contiguous and of R's shape");
+      }
+      for (const auto* x : {&scales[2 * i], &scales[2 * i + 1]}) {
+        STD_TORCH_CHECK(x->scalar_type() == ScalarType::Float && x->is_contiguous() && x->numel() == needed &&
+                            on_one_device(r, *x),
+                        op, ": scales must be float32 and contiguous, one for 256 codes of a column");
+      }
+    } else {
+      const Moments own = check_moments(op, m, v, r.numel()) ? Moments::BFLOAT16 : Moments::FLOAT32;
+      STD_TORCH_CHECK(i == 0 || own == kept, op, ": all moments must have one dtype");
+      kept = own;
+    }
     if (!ages.empty()) {
       const int64_t rows = ages[i].numel();
-      STD_TORCH_CHECK(ages[i].scalar_type() == ScalarType::Int && ages[i].is_contiguous() &&
-                          on_one_device(rs[i], ages[i]),
+      STD_TORCH_CHECK(ages[i].scalar_type() == ScalarType::Int && ages[i].is_contiguous() && on_one_device(r, ages[i]),
                       op, ": ages must be int32, contiguous and on the device of R");
-      STD_TORCH_CHECK(rows == 0 ? rs[i].numel() == 0 : rs[i].numel() % rows == 0, op, ": one age for each row needed");
+      STD_TORCH_CHECK(rows == 0 ? r.numel() == 0 : r.numel() % rows == 0, op, ": one age for each row needed");
     }
   }
-  if (low) {
+  if (kept == Moments::BFLOAT16) {
     STD_TORCH_CHECK(keys.size() == 2 * count, op, ": two keys for each matrix needed");
     check_places(op, places, count);
   }
-  return low;
+  return kept;
 }
 
 enum class SplitMoments { GIVEN, FLOAT32, BFLOAT16 };

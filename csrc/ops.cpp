@@ -10,8 +10,8 @@ STABLE_TORCH_LIBRARY(slimstate, m) {
       "stochastic_round_(Tensor(a!) out, Tensor x, SymInt key, SymInt offset, SymInt start, SymInt width, "
       "SymInt pitch) -> ()");
   m.def(
-      "adam_directions_(Tensor(a!)[] rs, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor[] ages, "
-      "float[] biases, int[] keys, int[] places, float beta1, float beta2, float eps, bool maximize) -> ()");
+      "adam_directions_(Tensor(a!)[] rs, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] scales, "
+      "Tensor[] ages, float[] biases, int[] keys, int[] places, float beta1, float beta2, float eps, bool maximize) -> ()");
   m.def(
       "split_(Tensor(a!)[] ps, Tensor[] grads, Tensor[] indices, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor(d!)[] lows, int[] shapes, float[] biases, int[] keys, int[] places, int[] moment_keys, "

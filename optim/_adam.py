@@ -17,7 +17,7 @@ from slimstate.projections._numbers import Number, lerp_, scalar
 from slimstate.projections._rounding import LOW_PRECISION, NEAREST, Rounding, narrow_, widen
 
 from ._base import Entry, Group, Spec
-from ._moments import EXP_AVG, EXP_AVG_SQ, MOMENT_DTYPES, WEIGHT, is_coded, moment_of, moment_spec
+from ._moments import EXP_AVG, EXP_AVG_SQ, MOMENT_DTYPES, WEIGHT, moment_of, moment_spec
 
 __all__ = [
     "adam_directions",
@@ -297,30 +297,21 @@ def adam_directions(
     Returns:
         U of each, which takes the place of R.
     """
-    betas, eps, maximize = group["betas"], group["eps"], group["maximize"]
-    plain: list[int] = []
-    for i, (x, r) in enumerate(zip(entries, rs, strict=True)):
-        moments = [moment_of(x, key) for key in keys]
-        if not is_coded(moments):
-            plain.append(i)
-            continue
-        for s in blocks(r, -1, r.itemsize):  # of columns, since the blocks of codes go down them
-            parts = [moment.columns(s) for moment in moments]
-            m, v = (part.read(r.dtype) for part in parts)
-            adam_directions_([r[..., s]], [m], [v], [ages[i]], betas=betas, eps=eps, maximize=maximize)
-            for part, value in zip(parts, (m, v), strict=True):
-                part.write_(value)
-    first, second = ([entries[i].state[key] for i in plain] for key in keys)
-    adam_directions_(
-        [rs[i] for i in plain],
-        first,
-        second,
-        [ages[i] for i in plain],
-        betas=betas,
-        eps=eps,
-        maximize=maximize,
-        keys=moment_keys([entries[i] for i in plain], first),
-    )
+    coded = [i for i, x in enumerate(entries) if f"{keys[0]}_scale" in x.state]
+    for chosen in (coded, sorted({*range(len(rs))} - {*coded})):
+        some = [entries[i] for i in chosen]
+        first, second = ([x.state[key] for x in some] for key in keys)
+        adam_directions_(
+            [rs[i] for i in chosen],
+            first,
+            second,
+            [ages[i] for i in chosen],
+            betas=group["betas"],
+            eps=group["eps"],
+            maximize=group["maximize"],
+            keys=() if chosen is coded else moment_keys(some, first),
+            scales=[(x.state[f"{keys[0]}_scale"], x.state[f"{keys[1]}_scale"]) for x in some if chosen is coded],
+        )
     return rs
 
 

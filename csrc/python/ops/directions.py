@@ -9,13 +9,14 @@ from torch import Tensor
 
 from ._compiled import COMPILED, DEVICES
 from ._samples import Sample
+from .codes import decode, encode_, encode_reference_, scale_shape
 from .keys import WHOLE, Key, PartKey, Place, counter_key
 from .rounding import stochastic_round_
 
 __all__ = ["adam_direction_reference_", "adam_directions_"]
 
 _BLOCK = 1 << 20  # elements; what the reference allocates at once
-_MOMENTS = (torch.float32, torch.bfloat16)
+_MOMENTS = (torch.float32, torch.bfloat16, torch.uint8)
 
 
 def adam_directions_(
@@ -28,6 +29,7 @@ def adam_directions_(
     eps: float,
     maximize: bool = False,
     keys: Sequence[tuple[Key, Key]] = (),
+    scales: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> None:
     r"""Takes gradients R into their moments, and puts the directions U of Adam in their place, for a list of tensors:
 
@@ -48,6 +50,7 @@ def adam_directions_(
         eps: :math:`\epsilon`, at least 0.
         maximize: turns U around.
         keys: of the random bits of each M and V. None are needed where nothing is rounded stochastically.
+        scales: of each M and V, if these are 8-bit codes; see :func:`encode_`, layout ``columns``.
 
     Numbers may be 0-d CPU tensors, so that compiled code does not depend on their values.
 
@@ -59,6 +62,8 @@ def adam_directions_(
         raise ValueError(
             f"as many R, moments and ages needed, got {len(rs)}, {len(exp_avgs)}, {len(exp_avg_sqs)} and {len(ages)}"
         )
+    if scales and len(scales) != len(rs):
+        raise ValueError(f"two scales for each of {len(rs)} matrices needed, got {len(scales)} pairs")
     if keys and len(keys) != len(rs):
         raise ValueError(f"two keys for each of {len(rs)} matrices needed, got {len(keys)} pairs")
     for r, m, v, age in zip(rs, exp_avgs, exp_avg_sqs, ages, strict=True):
@@ -69,7 +74,8 @@ def adam_directions_(
             raise ValueError(f"R and its moments must have one shape (r,), (r, k) or (b, r, k), got {shapes}")
         if isinstance(age, Tensor) and age.ndim and (age.shape != r.shape[:-1] or age.dtype != torch.int32):
             raise ValueError(f"ages must be int32 of shape {tuple(r.shape[:-1])}, got {age.dtype}, {tuple(age.shape)}")
-        if not keys and r.dtype == torch.float32 and {m.dtype, v.dtype} & {torch.bfloat16, torch.float16}:
+        rounded = r.dtype == torch.float32 and {m.dtype, v.dtype} & {torch.bfloat16, torch.float16}
+        if rounded and not keys:
             raise ValueError(f"moments in {m.dtype} and {v.dtype} need keys")
     if not rs:
         return
@@ -79,6 +85,7 @@ def adam_directions_(
             rs,
             exp_avgs,
             exp_avg_sqs,
+            [scale for pair in scales for scale in pair],
             [age if isinstance(age, Tensor) else torch.tensor(age, dtype=torch.float64) for age in ages],
             [word if isinstance(word, Tensor) else torch.tensor(word) for word in words],
             [n for pair in keys for n in _place(pair[0])],
@@ -87,7 +94,7 @@ def adam_directions_(
             maximize,
         )
         return
-    _adam_directions_(rs, exp_avgs, exp_avg_sqs, ages, *betas, eps, maximize, keys)
+    _adam_directions_(rs, exp_avgs, exp_avg_sqs, ages, *betas, eps, maximize, keys, scales)
 
 
 def _adam_directions_(
@@ -100,24 +107,24 @@ def _adam_directions_(
     eps: float,
     maximize: bool,
     keys: Sequence[tuple[Key, Key]],
+    scales: Sequence[tuple[Tensor, Tensor]],
 ) -> None:
     lists: dict[tuple[torch.dtype, bool], list[int]] = {}
     for i, (r, m, v) in enumerate(zip(rs, ms, vs, strict=True)):
         if is_compiled_for(r, m, v):
             lists.setdefault((m.dtype, isinstance(ages[i], Tensor)), []).append(i)
+        elif scales:
+            _codes_reference_(r, m, v, scales[i], ages[i], (beta1, beta2), eps, maximize)
         else:
-            age, own = ages[i], keys[i] if keys else None
-            if isinstance(age, Tensor):
-                bias: Sequence[float | Tensor] = _row_corrections(age, beta1, beta2, maximize, r.dtype)
-            else:
-                bias = corrections([age], beta1, beta2, maximize)
-            adam_direction_reference_(r, m, v, bias, (beta1, beta2), eps, own)
+            bias = _bias_of(ages[i], beta1, beta2, maximize, r.dtype)
+            adam_direction_reference_(r, m, v, bias, (beta1, beta2), eps, keys[i] if keys else None)
     for (dtype, by_row), chosen in lists.items():
-        low = [keys[i] for i in chosen] if dtype != torch.float32 else []
+        low = [keys[i] for i in chosen] if dtype == torch.bfloat16 else []
         torch.ops.slimstate.adam_directions_(
             [rs[i] for i in chosen],
             [ms[i] for i in chosen],
             [vs[i] for i in chosen],
+            [scale for i in chosen for scale in scales[i]] if dtype == torch.uint8 else [],
             [ages[i] for i in chosen] if by_row else [],
             [] if by_row else corrections([ages[i] for i in chosen], beta1, beta2, maximize),
             [_word(key) for pair in low for key in pair],
@@ -160,6 +167,51 @@ def _row_corrections(
     return (first if maximize else -first).to(dtype), second.to(dtype)
 
 
+def _bias_of(
+    age: float | Tensor, beta1: float, beta2: float, maximize: bool, dtype: torch.dtype
+) -> Sequence[float | Tensor]:
+    if isinstance(age, Tensor):
+        return _row_corrections(age, beta1, beta2, maximize, dtype)
+    return corrections([age], beta1, beta2, maximize)
+
+
+def _codes_reference_(
+    r: Tensor,
+    m: Tensor,
+    v: Tensor,
+    scales: tuple[Tensor, Tensor],
+    age: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    maximize: bool,
+) -> None:
+    """Of columns, since the blocks of codes go down them."""
+    step = max(1, _BLOCK // max(1, r[..., 0].numel())) if r.numel() else 1
+    bias = _bias_of(age, *betas, maximize, r.dtype)
+    for start in range(0, r.shape[-1], step):
+        _columns_reference_(r, m, v, scales, slice(start, start + step), bias, betas, eps)
+
+
+def _columns_reference_(
+    r: Tensor,
+    m: Tensor,
+    v: Tensor,
+    scales: tuple[Tensor, Tensor],
+    s: slice,
+    bias: Sequence[float | Tensor],
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    kept = [
+        (codes[..., s], scale[..., s], signed)
+        for codes, scale, signed in zip((m, v), scales, (True, False), strict=True)
+    ]
+    wide = [decode(codes, scale, signed=signed, layout="columns", dtype=r.dtype) for codes, scale, signed in kept]
+    adam_direction_reference_(r[..., s], *wide, bias, betas, eps)
+    for (codes, scale, signed), value in zip(kept, wide, strict=True):
+        encode_(codes, scale, value, signed=signed, layout="columns")
+
+
 def _root(x: Tensor) -> Tensor:
     # Through float64: what torch calls for float32 on the CPU, MKL's, is off by a unit in the last place at times.
     return x.double().sqrt_().float() if x.dtype == torch.float32 and x.device.type == "cpu" else x.sqrt()
@@ -175,11 +227,12 @@ def _place(key: Key) -> Place:
     return key.place if isinstance(key, PartKey) else WHOLE
 
 
-@torch.library.custom_op("slimstate::adam_directions_keyed_", mutates_args=("rs", "exp_avgs", "exp_avg_sqs"))
+@torch.library.custom_op("slimstate::adam_directions_keyed_", mutates_args=("rs", "exp_avgs", "exp_avg_sqs", "scales"))
 def _(
     rs: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
+    scales: list[Tensor],
     ages: list[Tensor],
     words: list[Tensor],
     places: list[int],
@@ -195,7 +248,8 @@ def _(
         first, second = (PartKey(int(word), place) for word in words[2 * i : 2 * i + 2])
         keys.append((first, second))
     numbers = [age if age.ndim else age.item() for age in ages]
-    _adam_directions_(rs, exp_avgs, exp_avg_sqs, numbers, beta1.item(), beta2.item(), eps, maximize, keys)
+    pairs = list(zip(scales[::2], scales[1::2], strict=True))
+    _adam_directions_(rs, exp_avgs, exp_avg_sqs, numbers, beta1.item(), beta2.item(), eps, maximize, keys, pairs)
 
 
 def adam_direction_reference_(
@@ -240,6 +294,7 @@ if COMPILED:
         rs: list[Tensor],
         exp_avgs: list[Tensor],
         exp_avg_sqs: list[Tensor],
+        scales: list[Tensor],
         ages: list[Tensor],
         biases: list[float],
         keys: list[int],
@@ -263,8 +318,17 @@ def samples(device: str) -> Iterator[Sample]:
         for by_row in (False, True):
             for what, shapes in lists.items():
                 rs = [torch.randn(s, generator=generator).to(device) for s in shapes]
-                ms = [(torch.randn(s, generator=generator) * 0.1).to(device, dtype) for s in shapes]
-                vs = [torch.rand(s, generator=generator).to(device, dtype) for s in shapes]
+                ms = [(torch.randn(s, generator=generator) * 0.1).to(device) for s in shapes]
+                vs = [torch.rand(s, generator=generator).to(device) for s in shapes]
+                scales: list[Tensor] = []
+                if dtype == torch.uint8:
+                    for some, signed in ((ms, True), (vs, False)):
+                        coded = [_coded(x, signed) for x in some]
+                        some[:] = [codes for codes, _ in coded]
+                        scales += [scale for _, scale in coded]
+                    scales = [x for pair in zip(scales[: len(ms)], scales[len(ms) :], strict=True) for x in pair]
+                else:
+                    ms, vs = ([x.to(dtype) for x in some] for some in (ms, vs))
                 ages = [
                     torch.randint(1, 300, s[:-1], generator=generator, dtype=torch.int32).to(device) for s in shapes
                 ]
@@ -273,7 +337,7 @@ def samples(device: str) -> Iterator[Sample]:
                     "adam_directions_",
                     f"{dtype}{', ages by row' if by_row else ''}{what}",
                     (
-                        *(rs, ms, vs, ages if by_row else [], [] if by_row else biases),
+                        *(rs, ms, vs, scales, ages if by_row else [], [] if by_row else biases),
                         [counter_key(0, i) for i in range(2 * len(rs))],
                         [n for i in range(len(rs)) for n in (i, 50 if i % 2 else 2**62, 70)],
                         *(0.9, 0.999, 1e-8, by_row),
@@ -282,10 +346,18 @@ def samples(device: str) -> Iterator[Sample]:
                 )
 
 
+def _coded(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    codes = torch.zeros_like(x, dtype=torch.uint8)
+    scale = x.new_zeros(scale_shape(x.shape, "columns"))
+    encode_reference_(codes, scale, x, signed=signed, layout="columns")
+    return codes, scale
+
+
 def _reference(
     rs: list[Tensor],
     ms: list[Tensor],
     vs: list[Tensor],
+    scales: list[Tensor],
     ages: list[Tensor],
     biases: list[float],
     words: list[int],
@@ -296,6 +368,11 @@ def _reference(
     maximize: bool,
 ) -> None:
     for i, (r, m, v) in enumerate(zip(rs, ms, vs, strict=True)):
+        if scales:
+            own = (scales[2 * i], scales[2 * i + 1])
+            bias = _row_corrections(ages[i], beta1, beta2, maximize, r.dtype) if ages else biases[2 * i : 2 * i + 2]
+            _columns_reference_(r, m, v, own, slice(None), bias, (beta1, beta2), eps)
+            continue
         place = Place(*places[3 * i : 3 * i + 3])
         keys = PartKey(words[2 * i], place), PartKey(words[2 * i + 1], place)
         bias = _row_corrections(ages[i], beta1, beta2, maximize, r.dtype) if ages else biases[2 * i : 2 * i + 2]
