@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from _common import CLOCKS, interleaved, keep_freed_memory, report, table
-from _contestants import ADAMW, OURS, REFERENCES, SIZES, TITLES, Problem, Size
+from _contestants import ADAMW, OURS, PRODUCTS, REFERENCES, SIZES, TITLES, Contestant, Problem, Size
 from step import DTYPES, figure, measure, tf32
 
 SHRUNK = 32
@@ -25,6 +25,9 @@ SHRUNK = 32
 
 TURNS = 9
 """Of each rate."""
+
+LARGE = 2**28
+"""Bytes that no cache holds: the bandwidth of a step that moves more is the memory's."""
 
 
 def main() -> None:
@@ -50,36 +53,49 @@ def main() -> None:
     steps: dict[str, Any] = json.loads(args.measured.read_text()) if args.measured else {}
     streams = bandwidths(args.elements, args.device)
     rates = product_rates(sizes, args.device)
-    sections, figures = rate_sections(streams, rates, args.elements, args.device), {}
+    chosen = [(name, dtype, f"{name}, {dtype}") for name in sizes for dtype in args.dtypes]
+    for name, dtype, key in chosen:
+        if key not in steps:
+            problem = Problem(SIZES[name], DTYPES[dtype], args.device)
+            found = measure(problem, of_size(contestants, name), args.rounds)
+            steps[key] = {n: figure(problem, r) for n, r in found.items()}
+        # What the steps' own references reached is a rate of this machine too, from the same minutes as the steps.
+        moved, reference = REFERENCES[ADAMW].floor.moved(SIZES[name], DTYPES[dtype].itemsize), steps[key]
+        if moved > LARGE:
+            streams[f"fused AdamW in the steps, {key}"] = moved / reference[ADAMW]["least"]
+        if "least" in reference.get(PRODUCTS, {}) and not SIZES[name].others:
+            operations = OURS["GaLoreAdamW"].floor.operations(SIZES[name])
+            rates[f"the two products in the steps, {key}"] = operations / reference[PRODUCTS]["least"]
     bandwidth, rate = max(streams.values()), max(rates.values())
-    for name in sizes:
-        for dtype in args.dtypes:
-            key, size = f"{name}, {dtype}", SIZES[name]
-            taking_part = {n: c for n, c in contestants.items() if c.sizes is None or name in c.sizes}
-            if key not in steps:
-                problem = Problem(size, DTYPES[dtype], args.device)
-                found = measure(problem, taking_part, args.rounds)
-                steps[key] = {n: figure(problem, r) for n, r in found.items()}
-            small = Problem(shrunk(size), DTYPES[dtype], args.device)
-            overhead = {n: figure(small, r) for n, r in measure(small, taking_part, args.rounds, quiet).items()}
-            rows: dict[str, dict[str, float]] = {}
-            for n, contestant in ({ADAMW: REFERENCES[ADAMW]} | taking_part).items():
-                if "seconds" not in steps[key].get(n, {}) or "seconds" not in overhead[n]:
-                    continue
-                floor = contestant.floor
-                rows[n] = {
-                    "bytes": floor.moved(size, DTYPES[dtype].itemsize),
-                    "operations": floor.operations(size),
-                    "floor": floor.moved(size, DTYPES[dtype].itemsize) / bandwidth + floor.operations(size) / rate,
-                    "overhead": overhead[n]["least"],
-                    "step": steps[key][n]["least"],
-                }
-            figures[key] = rows
-            sections += section(name, dtype, size, rows, bandwidth, rate)
+    sections, figures = rate_sections(streams, rates, args.elements, args.device), {}
+    for name, dtype, key in chosen:
+        size, taking_part = SIZES[name], of_size(contestants, name)
+        small = Problem(shrunk(size), DTYPES[dtype], args.device)
+        overhead = {n: figure(small, r) for n, r in measure(small, taking_part, args.rounds, quiet).items()}
+        rows: dict[str, dict[str, float]] = {}
+        for n, contestant in ({ADAMW: REFERENCES[ADAMW]} | taking_part).items():
+            if "least" not in steps[key].get(n, {}) or "least" not in overhead[n]:
+                continue
+            moved = contestant.floor.moved(size, DTYPES[dtype].itemsize)
+            operations = contestant.floor.operations(size)
+            rows[n] = {
+                "bytes": moved,
+                "operations": operations,
+                "floor": moved / bandwidth + operations / rate,
+                "overhead": overhead[n]["least"],
+                "step": steps[key][n]["least"],
+            }
+        figures[key] = rows
+        sections += section(name, dtype, size, rows, bandwidth, rate)
     report("Floors", sections, args.markdown, threads=", one thread used")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"bandwidth": bandwidth, "rate": rate, "floors": figures}, indent=1))
+
+
+def of_size(contestants: dict[str, Contestant], size: str) -> dict[str, Contestant]:
+    """Those that take part there."""
+    return {n: c for n, c in contestants.items() if c.sizes is None or size in c.sizes}
 
 
 def quiet(_: str) -> None:
