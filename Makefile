@@ -33,7 +33,7 @@ docs: $(VENV)/.docs
 	$(PY) -m sphinx -W docs docs/_build
 
 bench: $(VENV)/.bench
-	$(PY) benchmarks/step.py $(ARGS)
+	$(PY) benchmarks/all.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache csrc/python/*.so

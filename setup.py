@@ -7,8 +7,8 @@ A build in place (``pip install -e .``, ``setup.py build_ext --inplace``) is for
 wheel may go to other machines, also one that ``pip install .`` makes and pip keeps: it assumes the baseline of its
 platform and holds wider versions of the hot loops, which the loader chooses from. ``SLIMSTATE_NATIVE=1`` and ``=0``
 decide otherwise. On a lesser machine than it was built for the extension does not load, and PyTorch is used. All of
-them compute the same bits. CUDA kernels are built for the GPUs that are here or for ``TORCH_CUDA_ARCH_LIST``; where
-there is neither, for compute capability 8.0, 9.0 and 10.0.
+them compute the same bits, but for the order of sums. CUDA kernels are built for the GPUs that are here or for
+``TORCH_CUDA_ARCH_LIST``; where there is neither, for compute capability 8.0, 9.0 and 10.0.
 """
 
 import os
@@ -28,8 +28,9 @@ def extension(cuda: bool) -> dict[str, Any]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     defines = ["-DTORCH_TARGET_VERSION=0x020a000000000000", *(["-DUSE_CUDA"] if cuda else [])]
-    # No fused multiply-add, so that kernels reach the bits of the references; no errno, so that roots are vectorised.
-    optimize = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+    # No fused multiply-add, so that kernels reach the bits of the references; no errno, so that roots are vectorised;
+    # sums in lanes where a loop asks for them.
+    optimize = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
     if sys.platform == "win32":
         optimize = ["/fp:precise"]
     if cuda and torch.cuda.device_count() == 0:

@@ -10,16 +10,14 @@ turns in shuffled order.
 """
 
 import argparse
-import itertools
 import lzma
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from _common import BODIES, Shape, interleaved, rank, report, table
+from _common import BODIES, Shape, allocations, interleaved, most_allocated, rank, report, table
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from slimstate.optim import GaLoreAdamW, InBackward, in_backward, param_groups
@@ -107,7 +105,7 @@ def memory(layers: int, rank: int | float, pieces: int, tokens: int) -> list[str
         run = Run(mode, layers, rank, tokens, gap)
         while any((mode, kind) not in found for kind in STEPS):
             before, run.meter.most = run.bases(), 0
-            allocated = most_allocated(lambda run=run: run.step(pieces))
+            allocated = most_allocated(allocations(lambda run=run: run.step(pieces)))
             fresh = run.bases() - before
             kind = STEPS[0] if before == 0 else STEPS[2] if fresh else STEPS[1]
             found.setdefault((mode, kind), (run.meter.most, allocated, fresh))
@@ -139,14 +137,6 @@ def memory(layers: int, rank: int | float, pieces: int, tokens: int) -> list[str
         f"In plain steps the gradients take {plain[LAYER][0] / plain[ORDINARY][0]:.0%} of what they take ordinarily, "
         f"and everything that is allocated in such a step {plain[LAYER][1] / plain[ORDINARY][1]:.0%}.",
     ]
-
-
-def most_allocated(call: Callable[[], object]) -> int:
-    """The most bytes that a call had allocated at once."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), default=0)
 
 
 def time(layers: int, rank: int | float, tokens: int, rounds: int) -> list[str]:

@@ -56,7 +56,7 @@ enum class Format { float32, bfloat16, bfloat16_stochastic, bfloat16_compensated
 
 // Calls f(Format's functions), one of those in weights.h.
 template <typename F>
-decltype(auto) with_format(Format format, const F& f) {
+SLIMSTATE_HD decltype(auto) with_format(Format format, const F& f) {
   switch (format) {
     case Format::bfloat16: return f(BFloat16Nearest{});
     case Format::bfloat16_stochastic: return f(BFloat16Stochastic{});

@@ -155,4 +155,27 @@ inline SplitKind check_split(const std::vector<torch::stable::Tensor>& ps,
   return kind;
 }
 
+inline bool are_rows(const torch::stable::Tensor& x) { return x.dim() == 2 && (x.size(1) < 2 || x.stride(1) == 1); }
+
+inline void check_residual(const char* op, const torch::stable::Tensor& w, const torch::stable::Tensor& g,
+                           const torch::stable::Tensor& along) {
+  using torch::headeronly::ScalarType;
+  const auto dtype = g.scalar_type();
+  STD_TORCH_CHECK(w.scalar_type() == ScalarType::Float && along.scalar_type() == ScalarType::Float, op,
+                  ": w and what goes along it must be float32");
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op,
+                  ": g must be float32, bfloat16 or float16");
+  STD_TORCH_CHECK(are_rows(w) && are_rows(g) && are_rows(along), op, ": tensors must be matrices of contiguous rows");
+  STD_TORCH_CHECK(w.size(0) == g.size(0) && w.size(1) == g.size(1), op, ": w and g must have one shape");
+  STD_TORCH_CHECK((along.size(0) == 1 || along.size(0) == w.size(0)) && (along.size(1) == 1 || along.size(1) == w.size(1)),
+                  op, ": what goes along w must have 1 or w's size in each dimension");
+  STD_TORCH_CHECK(on_one_device(w, g) && on_one_device(w, along), op, ": tensors must be on one device");
+}
+
+inline void check_product(const torch::stable::Tensor& w, const torch::stable::Tensor& product) {
+  STD_TORCH_CHECK(product.scalar_type() == torch::headeronly::ScalarType::Float && are_rows(product) &&
+                      product.size(0) == w.size(0) && product.size(1) == w.size(1) && on_one_device(w, product),
+                  "sign_residual_: product must be float32, of w's shape and device, with contiguous rows");
+}
+
 }  // namespace slimstate

@@ -23,6 +23,16 @@ STABLE_TORCH_LIBRARY(slimstate, m) {
       "adamw_step_(Tensor(a!)[] ps, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor(d!)[] scales, Tensor(e!)[] lows, float[] biases, int[] keys, int[] places, bool stochastic, "
       "float decay, float lr, float beta1, float beta2, float eps, bool maximize) -> ()");
+  m.def("sign_residual_(Tensor(a!) w, Tensor g, Tensor product, Tensor limit, float beta, float step) -> ()");
+  m.def("scaled_residual_(Tensor(a!) w, Tensor g, Tensor factor, float beta) -> ()");
+  m.def(
+      "tangent_dots_(Tensor(a!)[] dots, Tensor[] weights, Tensor[] grads, Tensor[] firsts, Tensor[] seconds, "
+      "Tensor[] lows, float[] ages, float rate1, float rate2, float eps, bool nesterov, bool maximize) -> ()");
+  m.def(
+      "tangent_step_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] firsts, Tensor(c!)[] seconds, "
+      "Tensor(d!)[] lows, Tensor[] factors, int[] keys, int[] places, float[] ages, float lr, float decay, "
+      "float rate1, float rate2, float eps, float delta, float wd_ratio, bool nesterov, bool layer_view, "
+      "bool maximize, bool stochastic) -> ()");
 }
 
 #ifdef USE_CUDA

@@ -16,6 +16,7 @@ from torch.optim.optimizer import ParamsT
 
 from slimstate.ops import Key, PartKey, Place, counter_key
 from slimstate.ops.codes import Layout
+from slimstate.projections._base import compute_dtype
 from slimstate.projections._numbers import Number
 
 from ._loading import check_layout, check_plain, misfit, other_entries, read_step, read_stream, read_tensor, regrouped
@@ -163,6 +164,16 @@ class Optimizer(torch.optim.Optimizer):
     def _axes(self, key: str, p: Tensor, group: Group) -> str:
         """The axes of a state's tensor, for a parameter that is divided; see `Part`."""
         return "0." if key in SCALES else "".join(map(str, range(p.ndim)))
+
+    def _reformed(self, state: State, spec: Spec, dtype: torch.dtype) -> State:
+        """A state in the form that the spec asks for, where it was kept in another one; nothing about it is checked.
+
+        Args:
+            state: of this optimizer, or of a checkpoint.
+            spec: the tensors that are kept here.
+            dtype: of arithmetic.
+        """
+        return state
 
     def _has_shape(self, p: Tensor, group: Group) -> bool:
         """Whether a step treats this parameter by its shape, and would treat it otherwise if it were flattened."""
@@ -434,7 +445,7 @@ class Optimizer(torch.optim.Optimizer):
                     f"{key!r} in the state of a parameter has shape {tuple(value.shape)}, and would need {shape} with "
                     "the settings that its group has now: forget([parameter]) first"
                 )
-        state = self._recoded(p, group, state)
+        state = self._recoded(p, group, self._reformed(state, spec, compute_dtype(p.dtype)))
         kept = {key: x.to(_home(key, p), spec[key][1]) for key, x in state.items() if key in spec}
         if before not in (None, p.dtype):
             kept.pop("compensation", None)  # of other bits
@@ -576,6 +587,7 @@ class Optimizer(torch.optim.Optimizer):
             state.pop("compensation", None)
         elif "compensation" not in state:  # it was kept whole, or rounded, before
             state["compensation"] = torch.zeros(p.shape, dtype=torch.int16)
+        state = self._reformed(state, spec, compute_dtype(p.dtype))
         if unknown := state.keys() - spec.keys() - {"step", "stream"}:
             raise misfit(
                 f"the state of parameter {name} has an entry {min(map(str, unknown))!r}, which is unknown here"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from torch.optim.optimizer import ParamsT
 from slimstate.ops import Place
 from slimstate.ops.codes import Layout
 from slimstate.projections import SVD, MatrixView, PowerIteration, Projection, RandomOrthogonal
-from slimstate.projections._base import IndexProjection, check_rank, compute_dtype
+from slimstate.projections._base import DenseProjection, IndexProjection, check_rank, compute_dtype
+from slimstate.projections._bases import BASIS_DTYPES, Basis, Kept, decode, encode, wide
 from slimstate.projections._blocks import largest_magnitude
 from slimstate.projections._matrix import SIDES
 
@@ -48,6 +49,10 @@ TOGETHER_BYTES = 1 << 20  # of projected gradients; larger ones are given back t
 ROTATED_EXP_AVG, ROTATED_EXP_AVG_SQ = 3, 4  # purposes of random bits, after `_adam`'s
 PROJECTED = (EXP_AVG, EXP_AVG_SQ, ROTATED_EXP_AVG, ROTATED_EXP_AVG_SQ)  # those of what has R's shape
 
+KEPT = frozenset({"basis", "basis_scale"})  # of a dense projection
+
+BasisT = TypeVar("BasisT", bound=Basis)
+
 # galore-torch's names for the side
 PROJ_TYPES = {"std": "auto", "reverse_std": "reverse", "left": "left", "right": "right"}
 
@@ -75,17 +80,26 @@ class Matrix(Entry):
         """As `Entry.place`; what is kept of the projection has axes of its own."""
         if self.part is None or purpose not in PROJECTED:
             return super(Matrix, self).place(purpose)
-        chosen = self.state["basis" if "basis" in self.state else "index"]
-        return self.part.place("b" * len(self.view.lead) + "rk", (*self.view.lead, chosen.shape[-1], self.view.k))
+        rank = self.basis.shape[-1]
+        return self.part.place("b" * len(self.view.lead) + "rk", (*self.view.lead, rank, self.view.k))
+
+    @property
+    def basis(self) -> Basis:
+        """What is kept of the projection."""
+        kept: Tensor = self.state["basis" if "basis" in self.state else "index"]
+        dtype = compute_dtype(self.p.dtype)
+        if kept.dtype in (dtype, torch.int32):
+            return kept
+        return Kept(kept, self.state.get("basis_scale"), dtype)
 
     @property
     def m(self) -> Tensor:
         """The gradient M (d x k), or a stack of them; a copy only where memory has no such view: not to be kept."""
         return self.view.open(self.grad)
 
-    def member(self, x: Tensor, j: int) -> Tensor:
+    def member(self, x: BasisT, j: int) -> BasisT:
         """What belongs to matrix j of the stack; all of it where there is one matrix."""
-        return x[j] if self.view.lead else x
+        return x[j] if self.view.lead else x  # type: ignore[return-value]
 
 
 class Arranged(NamedTuple):
@@ -111,7 +125,13 @@ class ProjectedOptimizer(Optimizer):
 
     transports: ClassVar[tuple[str, ...]] = ("rotate", "keep", "reset")
 
-    axes: ClassVar[dict[str, str]] = {"exp_avg": "rk", "exp_avg_sq": "rk", "basis": ".r", "index": "r"}
+    axes: ClassVar[dict[str, str]] = {
+        "exp_avg": "rk",
+        "exp_avg_sq": "rk",
+        "basis": ".r",
+        "basis_scale": "..",
+        "index": "r",
+    }
     """The axes of what is kept of a projected matrix, where they are not the parameter's own; see `Part`."""
 
     shares: ClassVar[tuple[str, ...]] = ("rank",)
@@ -141,7 +161,7 @@ class ProjectedOptimizer(Optimizer):
 
     def _reduce(self, matrix: Matrix, group: Group, projection: Projection) -> tuple[Tensor, ...]:
         """What `_update` needs of a gradient, and linear in it: R (r x k), or a stack of them."""
-        return (projection.down(matrix.m, matrix.state[projection.key]),)
+        return (projection.down(matrix.m, matrix.basis),)
 
     def _update(
         self, matrices: list[Matrix], reduced: list[tuple[Tensor, ...]], group: Group, projection: Projection
@@ -252,6 +272,8 @@ class ProjectedOptimizer(Optimizer):
         group["scale"] = float(group["scale"])
         if group["projection"] not in self.projections:
             raise ValueError(f"projection must be one of {', '.join(self.projections)}, got {group['projection']!r}")
+        if group.get("basis_dtype") is not None:
+            self._check_basis_dtype(group)
         if group["side"] not in SIDES:
             raise ValueError(f"side must be one of {', '.join(SIDES)}, got {group['side']!r}")
         if group["transport"] not in self.transports:
@@ -259,6 +281,18 @@ class ProjectedOptimizer(Optimizer):
         if not isinstance(group["batch_dims"], Integral) or group["batch_dims"] < 0:
             raise ValueError(f"batch_dims must be an int >= 0, got {group['batch_dims']!r}")
         group["batch_dims"] = int(group["batch_dims"])
+
+    def _check_basis_dtype(self, group: Group) -> None:
+        if isinstance(group["basis_dtype"], torch.dtype):
+            group["basis_dtype"] = str(group["basis_dtype"]).removeprefix("torch.")
+        if group["basis_dtype"] not in BASIS_DTYPES:
+            allowed = ", ".join(BASIS_DTYPES)
+            raise ValueError(f"basis_dtype must be None or one of {allowed}, got {group['basis_dtype']!r}")
+        if not isinstance(self.projections[group["projection"]], DenseProjection):
+            raise ValueError(
+                f"basis_dtype={group['basis_dtype']!r} needs a projection with a dense basis (svd, power or random), "
+                f"got {group['projection']!r}"
+            )
 
     def _report_clamped(self, group: Group) -> None:
         if not isinstance(group["rank"], int):
@@ -322,7 +356,8 @@ class ProjectedOptimizer(Optimizer):
             return "dense"
         projection, view = self._projection(group), self._view(p, group)
         side = "right" if view.transposed else "left"
-        return f"{group['projection']}, {side}: {projection.rank_of(view.d, view.k)} of {view.d}"
+        kept = "" if group.get("basis_dtype") is None else f", {group['basis_dtype']} basis"
+        return f"{group['projection']}, {side}: {projection.rank_of(view.d, view.k)} of {view.d}{kept}"
 
     def __repr__(self) -> str:
         everything = list(self._named())
@@ -339,11 +374,28 @@ class ProjectedOptimizer(Optimizer):
             return self._moments_spec(p, group) | weight_spec(p, group)
         projection, view = self._projection(group), self._view(p, group)
         spec = self._moments_spec(p, group)
-        spec[projection.key] = ((*view.lead, *projection.shape_of(view)), projection.dtype_of(p.dtype))
+        basis, kept = (*view.lead, *projection.shape_of(view)), group.get("basis_dtype")
+        spec[projection.key] = (basis, BASIS_DTYPES[kept] if kept else projection.dtype_of(p.dtype))
+        if kept == "8bit":
+            spec["basis_scale"] = ((*basis[:-1], 1), compute_dtype(p.dtype))
         spec["refreshes"] = (view.lead, torch.int32)
         if group["transport"] == "reset":
             spec["age"] = ((), torch.int32)
         return spec | weight_spec(p, group)
+
+    def _reformed(self, state: State, spec: Spec, dtype: torch.dtype) -> State:
+        """Bases that are kept in another dtype than the spec's are brought to it."""
+        basis, scale = state.get("basis"), state.get("basis_scale")
+        if not isinstance(basis, Tensor) or "basis" not in spec:
+            return state
+        to = spec["basis"][1]
+        if to == torch.int8 and basis.is_floating_point() and basis.ndim > 1:
+            codes, scale = encode(basis.to(dtype))
+            return state | {"basis": codes, "basis_scale": scale}
+        if to != torch.int8 and basis.dtype == torch.int8 and isinstance(scale, Tensor):
+            rest = {key: x for key, x in state.items() if key != "basis_scale"}
+            return rest | {"basis": decode(basis, scale, dtype).to(to)}
+        return state
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; what was made of gradients during the backward pass is dropped too."""
@@ -452,8 +504,9 @@ class ProjectedOptimizer(Optimizer):
     def _on_rows(self, matrix: Matrix, projection: Projection) -> tuple[Matrix, Projection]:
         """A matrix of which this process has some rows d, with these rows of its basis."""
         assert matrix.part is not None
-        rows = matrix.part.cut(matrix.state[projection.key], "." * len(matrix.view.lead) + "dr")
-        return replace(matrix, state=matrix.state | {projection.key: rows}), projection
+        axes = "." * len(matrix.view.lead) + "dr"
+        kept = {key: matrix.part.cut(matrix.state[key], axes) for key in KEPT & matrix.state.keys()}
+        return replace(matrix, state=matrix.state | kept), projection
 
     def _exchange(self, prepared: list[tuple[Group, Any]]) -> None:
         """Sums the projections R of matrices whose compressed axis is divided."""
@@ -533,8 +586,11 @@ class ProjectedOptimizer(Optimizer):
             work.append((task, owner))
         fitted = None if mine is None else mine()  # all processes at once
         for task, owner in work:
-            basis = task.matrix.member(task.matrix.state[projection.key], task.j)
-            new = fitted if ranks.place == owner and fitted is not None else torch.empty_like(basis)
+            if ranks.place == owner and fitted is not None:
+                new = fitted
+            else:
+                kept = task.matrix.member(task.matrix.state[projection.key], task.j)
+                new = torch.empty_like(kept, dtype=projection.dtype_of(task.matrix.p.dtype))
             ranks.broadcast_(new, owner)
             self._renew_(task, group, projection, new)
 
@@ -543,11 +599,15 @@ class ProjectedOptimizer(Optimizer):
         matrix, j = task.matrix, task.j
         state = matrix.state
         old = None if (old := task.old(projection)) is None else old.clone()
-        basis = matrix.member(state[projection.key], j)
-        basis.copy_(new)
+        values = {projection.key: new}
+        if "basis_scale" in state:
+            values["basis"], values["basis_scale"] = encode(new)
+        for key, value in values.items():
+            matrix.member(state[key], j).copy_(value)
         state["refreshes"].view(-1)[task.place] += 1
         if old is not None and group["transport"] == "rotate":
-            self._rotate_(matrix, group, j, projection.overlap(basis, old))
+            # Of the bases as they are kept: what moments have seen, and what they will see.
+            self._rotate_(matrix, group, j, projection.overlap(task.basis, old))
         if old is not None and group["transport"] == "reset":
             self._reset_(matrix, group)
 
@@ -578,9 +638,14 @@ class Task:
         """What its random draws depend on."""
         return (self.matrix.state["stream"], self.count, self.place)
 
+    @property
+    def basis(self) -> Tensor:
+        """What is kept of it, in the dtype of arithmetic."""
+        return wide(self.matrix.member(self.matrix.basis, self.j))
+
     def old(self, projection: Projection) -> Tensor | None:
         """The basis that it has."""
-        return self.matrix.member(self.matrix.state[projection.key], self.j) if self.count else None
+        return self.basis if self.count else None
 
 
 def tasks_of(matrix: Matrix, scheduled: bool) -> list[Task]:

@@ -116,6 +116,9 @@ class GaLoreAdafactor(ProjectedOptimizer):
         moment_dtype: of the first moment: `float32`, `bfloat16` (rounded stochastically), `param` (the parameter's) or
             `8bit` (codes with a scale for 256 of them, see `docs/precision.md`; not of stacks that are not projected);
             None means float32, and float64 for float64 parameters. The statistics, few and of squares, are always so.
+        basis_dtype: what bases are kept in: `bfloat16` or `8bit` (int8 codes, and a scale for each row of Q), which
+            leaves them not quite orthonormal, see the guide to GaLoreAdamW; None means float32, and float64 for float64
+            parameters. Q-GaLore, https://arxiv.org/abs/2407.08296, keeps them in 4 bits.
         stochastic_rounding: of weights in bfloat16 and float16; None means on.
         compensation: instead, round weights in bfloat16 and float16 to nearest and keep what that takes away: training
             is then that of float32 weights, at 2 bytes a weight more of state.
@@ -164,6 +167,7 @@ class GaLoreAdafactor(ProjectedOptimizer):
         transport: str = "rotate",
         maximize: bool = False,
         moment_dtype: str | torch.dtype | None = None,
+        basis_dtype: str | torch.dtype | None = None,
         stochastic_rounding: bool | None = None,
         compensation: bool = False,
         nonfinite: str = "propagate",
@@ -190,6 +194,7 @@ class GaLoreAdafactor(ProjectedOptimizer):
             transport=transport,
             maximize=maximize,
             moment_dtype=moment_dtype,
+            basis_dtype=basis_dtype,
             stochastic_rounding=stochastic_rounding,
             compensation=compensation,
             nonfinite=nonfinite,
@@ -294,7 +299,7 @@ class GaLoreAdafactor(ProjectedOptimizer):
             projection.write_back_(
                 x.p,
                 x.view,
-                state[projection.key],
+                x.basis,
                 u,
                 alpha=group["scale"] if group["maximize"] else -group["scale"],
                 beta=decay,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from slimstate.ops.tangent import Parameter, TangentRule, tangent_dots, tangent_step_, tangent_takes
 from slimstate.projections._base import compute_dtype
 from slimstate.projections._blocks import blocks
 from slimstate.projections._numbers import Number, lerp_
@@ -25,10 +26,12 @@ from ._adam import (
     weight_spec,
 )
 from ._base import Entry, Group, Optimizer, Spec, refuse
-from ._moments import MOMENTS, moment_of, moment_spec
+from ._moments import EXP_AVG, EXP_AVG_SQ, MOMENTS, WEIGHT, moment_of, moment_spec
 from ._sharding import Sums, together
 
 __all__ = ["SGDP", "AdamP"]
+
+ROUNDED = (WEIGHT, EXP_AVG, EXP_AVG_SQ)  # the purposes of random bits
 
 
 class Views(NamedTuple):
@@ -59,7 +62,12 @@ class TangentOptimizer(Optimizer):
 
     What is removed is a multiple of the row itself, so that it and the decay are one factor for each row. A first pass
     over blocks of rows finds the dot products for these factors, a second one steps: no temporary of the weight's size.
+    Dense memory goes through compiled passes where there are any.
     """
+
+    def _rates(self, group: Group) -> tuple[Number, Number]:
+        """The two numbers by which the moments go."""
+        raise NotImplementedError
 
     def _direction(self, g: Tensor, moments: list[Tensor], t: Number, group: Group) -> Tensor:
         """Takes a block G of the gradient into the moments, its t-th, and returns U; may be one of the moments."""
@@ -100,9 +108,35 @@ class TangentOptimizer(Optimizer):
         return Views(dots, (vote > 0) & vote.isfinite(), layer)
 
     def _step_group(self, group: Group, entries: list[Entry]) -> None:
+        alike: dict[Any, list[tuple[Entry, Parameter]]] = {}
         for x in entries:
-            if x.p.numel():
+            if not x.p.numel():
+                continue
+            parameter = parameter_of(x, group)
+            if tangent_takes(parameter):
+                dtypes = tuple(y.dtype for y in (x.p, *parameter.moments))
+                alike.setdefault((x.p.device, dtypes, x.sums is None), []).append((x, parameter))
+            else:
                 self._update(x, group)
+        for (_, dtypes, _), some in alike.items():
+            tangent_step_(
+                [parameter for _, parameter in some],
+                self._rule(group),
+                lr=group["lr"],
+                decay=self._decay(group),
+                **{key: group[key] for key in ("delta", "wd_ratio", "layer_view")},
+                factors=[self._factor(x, x.sums, group).flatten() for x, _ in some if x.sums is not None],
+                keys=[[x.key(i) for i in ROUNDED] for x, _ in some if set(dtypes) != {torch.float32}],
+                stochastic=group["stochastic_rounding"] is not False,
+            )
+
+    def _rule(self, group: Group) -> TangentRule:
+        return TangentRule(self._rates(group), group["eps"], group["nesterov"], group["maximize"])
+
+    def _factor(self, x: Entry, views: Views, group: Group) -> Tensor:
+        """What each row is multiplied by (rows, 1, ...)."""
+        q, radial = radial_part(views, x.p.numel() if x.part is None else math.prod(x.part.shape), group)
+        return 1 - group["lr"] * self._decay(group) * q + group["lr"] * radial
 
     def _blocks(
         self, x: Entry, group: Group, *, copy: bool
@@ -120,6 +154,8 @@ class TangentOptimizer(Optimizer):
 
     def _dots(self, x: Entry, group: Group) -> Tensor:
         """As in `Views`, over what this process holds of each row."""
+        if tangent_takes(parameter := parameter_of(x, group)):
+            return tangent_dots(parameter, self._rule(group))
         dots = [
             torch.stack([row_sums(y) for y in (w_s * g_s, g_s * g_s, w_s * w_s, w_s * u)])
             for _, w_s, g_s, _, u in self._blocks(x, group, copy=True)
@@ -138,8 +174,7 @@ class TangentOptimizer(Optimizer):
         columns = p.numel() // len(w)
         if is_tested(p, group):
             views = views_of(self._dots(x, group), columns, group) if x.sums is None else x.sums
-            q, radial = radial_part(views, p.numel() if x.part is None else math.prod(x.part.shape), group)
-            factor = 1 - lr * self._decay(group) * q + lr * radial
+            factor = self._factor(x, views, group)
 
         for s, w_s, _, wide, u in self._blocks(x, group, copy=False):
             w_s.mul_(factor[s] if isinstance(factor, Tensor) and factor.ndim else factor).sub_(u * lr)
@@ -147,6 +182,12 @@ class TangentOptimizer(Optimizer):
                 narrow_(w[s], w_s, how._replace(low=None if low is None else low[s]), s.start * columns)
             for moment, value in zip(moments, wide, strict=True):
                 moment.rows(s).write_(value)
+
+
+def parameter_of(x: Entry, group: Group) -> Parameter:
+    """An entry as the compiled passes take it."""
+    moments = tuple(x.state[key] for key in MOMENTS if key in x.state)
+    return Parameter(x.p, x.grad, moments, x.step, rounding(x, group).low)
 
 
 def is_tested(p: Tensor, group: Group) -> bool:
@@ -341,6 +382,10 @@ class AdamP(TangentOptimizer):
             entries = [x for x in entries if is_tested(x.p, group)]
         super()._step_group(group, entries)
 
+    def _rates(self, group: Group) -> tuple[Number, Number]:
+        beta1, beta2 = group["betas"]
+        return beta1, beta2
+
     def _direction(self, g: Tensor, moments: list[Tensor], t: Number, group: Group) -> Tensor:
         m, v = moments
         beta1, beta2 = group["betas"]
@@ -477,6 +522,9 @@ class SGDP(TangentOptimizer):
     def _decay(self, group: Group) -> Number:
         rate: Number = group["weight_decay"] / (1 - group["momentum"])
         return rate
+
+    def _rates(self, group: Group) -> tuple[Number, Number]:
+        return group["momentum"], group["dampening"]
 
     def _direction(self, g: Tensor, moments: list[Tensor], t: Number, group: Group) -> Tensor:
         if not moments:

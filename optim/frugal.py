@@ -20,7 +20,8 @@ from slimstate.projections import (
     matrix_view,
 )
 from slimstate.projections._base import compute_dtype, rewrite_
-from slimstate.projections._numbers import addmm_
+from slimstate.projections._numbers import scalar
+from slimstate.projections._residual import scaled_step_, sign_step_
 from slimstate.projections._rounding import LOW_PRECISION
 
 from ._adam import check_adam, is_number, moment_keys, rounding, weight_spec
@@ -35,7 +36,6 @@ __all__ = ["FRUGAL"]
 DEFAULT_DENSITY = 0.25
 OUTER = ("sign", "sgd", "none")
 ORDERS = ("random", "ascending", "descending", "mirror")
-NOISE = 8  # roundings of float32: no more is left outside of a gradient that the subspace holds whole
 
 
 class FRUGAL(ProjectedOptimizer):
@@ -104,6 +104,9 @@ class FRUGAL(ProjectedOptimizer):
         moment_dtype: `float32`, `bfloat16` (rounded stochastically), `param` (the parameter's) or `8bit` (codes with a
             scale for 256 of them; float32 where those would save little or harm, see `docs/precision.md`); None means
             float32, and float64 for float64 parameters.
+        basis_dtype: what dense bases are kept in: `bfloat16` or `8bit` (int8 codes, and a scale for each row of Q),
+            which leaves them not quite orthonormal, see the guide to GaLoreAdamW; None means float32, and float64 for
+            float64 parameters. Q-GaLore, https://arxiv.org/abs/2407.08296, keeps them in 4 bits.
         stochastic_rounding: of weights in bfloat16 and float16; None means on.
         compensation: instead, round weights in bfloat16 and float16 to nearest and keep what that takes away: training
             is then that of float32 weights, at 2 bytes a weight more of state.
@@ -162,6 +165,7 @@ class FRUGAL(ProjectedOptimizer):
         outer_scale: float = 1.0,
         maximize: bool = False,
         moment_dtype: str | torch.dtype | None = None,
+        basis_dtype: str | torch.dtype | None = None,
         stochastic_rounding: bool | None = None,
         compensation: bool = False,
         nonfinite: str = "propagate",
@@ -195,6 +199,7 @@ class FRUGAL(ProjectedOptimizer):
             outer_scale=outer_scale,
             maximize=maximize,
             moment_dtype=moment_dtype,
+            basis_dtype=basis_dtype,
             stochastic_rounding=stochastic_rounding,
             compensation=compensation,
             nonfinite=nonfinite,
@@ -392,7 +397,7 @@ class FRUGAL(ProjectedOptimizer):
             if others:
                 left.append((others, projection))
         if splits:
-            split_(splits, _rule(group))
+            split_(splits, _rule(group, columns=group["projection"] != "rows"))
         super()._step_group(group, entries._replace(matrices=left))
 
     def _update(
@@ -404,18 +409,19 @@ class FRUGAL(ProjectedOptimizer):
             rs = [r.clone() for r in rs]  # what lies outside is found by R
         us = directions(matrices, rs, group, [x.age for x in matrices])
         for x, (r,), u in zip(matrices, reduced, us, strict=True):
-            basis, how = x.state[projection.key], rounding(x, group)
+            how = rounding(x, group)
             decay, step = 1 - lr * group["weight_decay"], lr * group["scale"]
             if isinstance(projection, Coordinates):
                 if (split := split_of(x, group, projection, u)) is not None:
-                    split_([split], _rule(group))
+                    split_([split], _rule(group, columns=projection.axis != "rows"))
                 else:
-                    rows = projection.take(x.p, x.view, basis, how.low).mul_(decay).add_(u.mul_(step))
-                    projection.rewrite_(x.p, x.view, basis, rows, _outside(x, group), how)
+                    index = x.state[projection.key]
+                    rows = projection.take(x.p, x.view, index, how.low).mul_(decay).add_(u.mul_(step))
+                    projection.rewrite_(x.p, x.view, index, rows, _outside(x, group), how)
             elif group["outer"] == "none":
-                projection.write_back_(x.p, x.view, basis, u, alpha=step, beta=decay, rounding=how)
+                projection.write_back_(x.p, x.view, x.basis, u, alpha=step, beta=decay, rounding=how)
             else:
-                split_step_(x, basis, r, u, group)
+                split_step_(x, r, u, group)
 
 
 def split_of(
@@ -440,11 +446,11 @@ def split_of(
     return split if takes_split(split) else None
 
 
-def _rule(group: Group) -> SplitRule:
+def _rule(group: Group, *, columns: bool) -> SplitRule:
     """What a split step does."""
     step = group["lr"] * group["scale"]
     return SplitRule(
-        columns=group["projection"] in ("columns", "entries"),
+        columns=columns,
         outer=group["outer"],
         decay=1 - group["lr"] * group["weight_decay"],
         step=step,
@@ -468,7 +474,7 @@ def outer_steps_(entries: list[Entry], group: Group) -> None:
         elif (edit := _outside(x, group)) is not None:
             rewrite_(x.p, view, edit, compute_dtype(x.p.dtype), how)
     if splits:
-        split_(splits, _rule(group))
+        split_(splits, _rule(group, columns=False))
 
 
 def _plain(x: Entry, group: Group) -> MatrixView:
@@ -499,31 +505,17 @@ def _outside(x: Entry, group: Group) -> Callable[[Tensor, int, slice], object] |
     return edit
 
 
-def split_step_(x: Matrix, basis: Tensor, r: Tensor, u: Tensor, group: Group) -> None:
-    """W <- (1 - lr wd) W + lr s Q U - lr s c outer(G - Q R), for a dense basis."""
-    lr, view = group["lr"], x.view
-    step = lr * group["scale"]
-    outside = step * group["outer_scale"] * (-1 if group["maximize"] else 1)
-    gradients = view.members(x.grad)
-    noise = NOISE * torch.finfo(r.dtype).eps * torch.linalg.vector_norm(r, dim=-2)
-
-    def edit(w: Tensor, j: int, s: slice) -> None:
-        left, right, inside = _as_stored(view, x.member(basis, j), x.member(r, j), x.member(u, j), s)
-        f = gradients[j][s].to(w.dtype).reshape(w.shape) - inside
-        if group["outer"] == "sign":
-            limit = x.member(noise, j)
-            f = f.masked_fill_(f.abs() <= (limit[s, None] if view.transposed else limit), 0).sign_()
-        addmm_(w, left, right, beta=1 - lr * group["weight_decay"], alpha=step)
-        w.sub_(f.mul_(outside))
-
-    rewrite_(x.p, view, edit, r.dtype, rounding(x, group))
-
-
-def _as_stored(view: MatrixView, q: Tensor, r: Tensor, u: Tensor, s: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows `s` of W as it is stored: the factors of Q U, and Q R."""
-    if view.transposed:
-        return u.mT[s], q.mT, r.mT[s] @ q.mT
-    return q[s], u, q[s] @ r
+def split_step_(x: Matrix, r: Tensor, u: Tensor, group: Group) -> None:
+    """W <- (1 - lr wd) W + lr s Q U - lr s c outer(G - Q R), for a dense basis; U is overwritten."""
+    lr = group["lr"]
+    inside = lr * group["scale"]
+    outside = inside * group["outer_scale"] * (-1 if group["maximize"] else 1)
+    given, numbers = (x.p, x.view, x.basis, r, u, x.grad), dict(beta=1 - lr * group["weight_decay"], alpha=inside)
+    if group["outer"] == "sign":
+        sign_step_(*given, **numbers, step=outside, rounding=rounding(x, group))
+    else:
+        scale = scalar(outside).to(r).view(1, 1)
+        scaled_step_(*given, **numbers, scale=scale, rounding=rounding(x, group))
 
 
 @lru_cache(maxsize=1024)

@@ -62,6 +62,9 @@ class GaLoreAdamW(ProjectedOptimizer):
         moment_dtype: `float32`, `bfloat16` (rounded stochastically), `param` (the parameter's) or `8bit` (codes with a
             scale for 256 of them; float32 where those would save little or harm, see `docs/precision.md`); None means
             float32, and float64 for float64 parameters.
+        basis_dtype: what bases are kept in: `bfloat16` or `8bit` (int8 codes, and a scale for each row of Q), which
+            leaves them not quite orthonormal, see the guide to GaLoreAdamW; None means float32, and float64 for float64
+            parameters. Q-GaLore, https://arxiv.org/abs/2407.08296, keeps them in 4 bits.
         stochastic_rounding: of weights in bfloat16 and float16; None means on.
         compensation: instead, round weights in bfloat16 and float16 to nearest and keep what that takes away: training
             is then that of float32 weights, at 2 bytes a weight more of state.
@@ -102,6 +105,7 @@ class GaLoreAdamW(ProjectedOptimizer):
         transport: str = "rotate",
         maximize: bool = False,
         moment_dtype: str | torch.dtype | None = None,
+        basis_dtype: str | torch.dtype | None = None,
         stochastic_rounding: bool | None = None,
         compensation: bool = False,
         nonfinite: str = "propagate",
@@ -123,6 +127,7 @@ class GaLoreAdamW(ProjectedOptimizer):
             transport=transport,
             maximize=maximize,
             moment_dtype=moment_dtype,
+            basis_dtype=basis_dtype,
             stochastic_rounding=stochastic_rounding,
             compensation=compensation,
             nonfinite=nonfinite,
@@ -139,7 +144,7 @@ class GaLoreAdamW(ProjectedOptimizer):
             projection.write_back_(
                 x.p,
                 x.view,
-                x.state["basis"],
+                x.basis,
                 u,
                 alpha=lr * group["scale"],
                 beta=1 - lr * group["weight_decay"],

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from slimstate.projections import Projection
 from slimstate.projections._base import compute_dtype, rewrite_
+from slimstate.projections._bases import add_product_, project_
 from slimstate.projections._blocks import blocks
 from slimstate.projections._rounding import Rounding, widen
 
@@ -88,6 +89,8 @@ class GradNormLoRP(GaLoreAdamW):
         moment_dtype: of the moments in the subspace: `float32`, `bfloat16` (rounded stochastically) or `param` (the
             parameter's); None means float32, and float64 for float64 parameters, as lengths and their moments always
             are.
+        basis_dtype: what bases are kept in: `bfloat16` or `8bit`; None means float32, and float64 for float64
+            parameters; as in `GaLoreAdamW`.
         stochastic_rounding: of weights in bfloat16 and float16; None means on.
         compensation: instead, round weights in bfloat16 and float16 to nearest and keep what that takes away: training
             is then that of float32 weights, at 2 bytes a weight more of state.
@@ -153,16 +156,16 @@ class GradNormLoRP(GaLoreAdamW):
 
     def _reduce(self, matrix: Matrix, group: Group, projection: Projection) -> tuple[Tensor, ...]:
         """R (r x k) and the gradients of the lengths (rows,), or stacks of them."""
-        view, basis, lengths = matrix.view, matrix.state["basis"], matrix.state["lengths"]
-        r, dg = basis.new_zeros(*view.lead, basis.shape[-1], view.k), torch.empty_like(lengths)
-        for j in range(len(basis) if view.lead else 1):
-            q, r_j, dg_j = (matrix.member(x, j) for x in (basis, r, dg))
+        view, basis, lengths = matrix.view, matrix.basis, matrix.state["lengths"]
+        r, dg = lengths.new_zeros(*view.lead, basis.shape[-1], view.k), torch.empty_like(lengths)
+        for j in range(len(lengths) if view.lead else 1):
+            q, r_j, dg_j = matrix.member(basis, j), matrix.member(r, j), matrix.member(dg, j)
             for s, dv, of_lengths in _reparametrized(matrix, j):
                 dg_j[s] = of_lengths
                 if view.transposed:
-                    r_j[:, s] = q.mT @ dv.mT
+                    project_(r_j[:, s], q, dv.mT)
                 else:
-                    r_j.addmm_(q[s].mT, dv)
+                    project_(r_j, q[s], dv)
         return r, dg
 
     def _update(
@@ -253,16 +256,17 @@ def _squares_after(matrix: Matrix, step: Tensor) -> Tensor:
     """The squares of what `_norms_after` returns over the columns that are here, from a product that is not kept."""
     squares = torch.zeros_like(matrix.state["lengths"])
     for j in range(len(squares) if matrix.view.lead else 1):
-        a, b = _as_stored(matrix, step, j)
         for s, w, radius in _weights(matrix, j):
-            matrix.member(squares, j)[s] = torch.addmm(w, a[s] * _or_one(radius)[:, None], b).square().sum(1)
+            moved = w.clone()
+            _add_step_(moved, matrix, step, j, s, _or_one(radius)[:, None])
+            matrix.member(squares, j)[s] = moved.square_().sum(1)
     return squares
 
 
-def _as_stored(matrix: Matrix, step: Tensor, j: int) -> tuple[Tensor, Tensor]:
-    """The factors (rows, r) and (r, columns) of Q S, of matrix j as it is stored."""
-    q, u = matrix.member(matrix.state["basis"], j), matrix.member(step, j)
-    return (u.mT, q.mT) if matrix.view.transposed else (q, u)
+def _add_step_(w: Tensor, matrix: Matrix, step: Tensor, j: int, s: slice, lengths: Tensor) -> None:
+    """Adds rows s of Q S, as matrix j is stored and times these lengths, to those of W."""
+    basis, u = matrix.member(matrix.basis, j), matrix.member(step, j)
+    add_product_(w, basis, u, matrix.view.transposed, s, beta=1.0, alpha=1.0, lengths=lengths)
 
 
 def _or_one(radius: Tensor) -> Tensor:
@@ -304,13 +308,12 @@ def _write_back_(
     moved = (new != old) | (turned & (radius != 0))  # what did not keeps its bits
 
     def edit(w: Tensor, j: int, s: slice) -> None:
-        a, b = _as_stored(matrix, step, j)
         stretched, gained, changed = (matrix.member(x, j)[s, None] for x in (stretch, gain, moved))
-        w.addmm_(a[s] * stretched, b)
+        _add_step_(w, matrix, step, j, s, stretched)
         if norms is None:
             norm = torch.linalg.vector_norm(w, dim=1, keepdim=True)
         else:
             norm = matrix.member(norms, j)[s, None]
         w.mul_(torch.where(changed, gained / norm.clamp(min=SHORTEST), 1))
 
-    rewrite_(matrix.p, matrix.view, edit, matrix.state["basis"].dtype, rounding)
+    rewrite_(matrix.p, matrix.view, edit, step.dtype, rounding)

@@ -5,11 +5,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ._bases import Basis, Kept, add_product_, project_, wide
 from ._blocks import blocks
 from ._matrix import SIDES, MatrixView, Side, matrix_view
 from ._numbers import Number, addmm_
@@ -130,8 +131,8 @@ class Projection(ABC):
         raise NotImplementedError
 
     @abstractmethod
-    def down(self, m: Tensor, basis: Tensor) -> Tensor:
-        """R = Q^T M (r x k), in the basis' dtype."""
+    def down(self, m: Tensor, basis: Any) -> Tensor:
+        """R = Q^T M (r x k), in the dtype of arithmetic; `basis` is what `fit` returned, as it is kept."""
 
     @abstractmethod
     def up(self, r: Tensor, basis: Tensor, d: int) -> Tensor:
@@ -146,7 +147,7 @@ class Projection(ABC):
         self,
         p: Tensor,
         view: MatrixView,
-        basis: Tensor,
+        basis: Any,
         u: Tensor,
         *,
         alpha: Number,
@@ -158,7 +159,7 @@ class Projection(ABC):
         Args:
             p: the parameter W, of any dtype and memory layout.
             view: how M and W are related.
-            basis: what `fit` returned, or a stack of them.
+            basis: what `fit` returned, as it is kept, or a stack of them.
             u: U (r x k), or a stack of them, in float32 (float64 for float64).
             alpha: factor of the update.
             beta: factor of the weight, 1 - lr * weight_decay.
@@ -179,8 +180,13 @@ class DenseProjection(Projection):
         """float32, and float64 for float64."""
         return compute_dtype(dtype)
 
-    def down(self, m: Tensor, basis: Tensor) -> Tensor:
-        """R = Q^T M; a gradient of lower precision is widened in column blocks."""
+    def down(self, m: Tensor, basis: Basis) -> Tensor:
+        """R = Q^T M; a gradient of lower precision is widened in column blocks, a basis in blocks of rows."""
+        if isinstance(basis, Kept):
+            r = m.new_zeros(*m.shape[:-2], basis.shape[-1], m.shape[-1], dtype=basis.dtype)
+            for j in range(len(m)) if m.ndim > 2 else [...]:
+                project_(r[j], basis[j], m[j])
+            return r
         if m.dtype == basis.dtype:
             return basis.mT @ m
         r = basis.new_empty(*m.shape[:-2], basis.shape[-1], m.shape[-1])
@@ -188,9 +194,9 @@ class DenseProjection(Projection):
             r[..., s] = basis.mT @ m[..., s].to(basis.dtype)
         return r
 
-    def up(self, r: Tensor, basis: Tensor, d: int) -> Tensor:
+    def up(self, r: Tensor, basis: Basis, d: int) -> Tensor:
         """Q R; `d` is the basis' own."""
-        return basis @ r
+        return wide(basis) @ r
 
     def overlap(self, new: Tensor, old: Tensor) -> Tensor:
         """Q_new^T Q_old."""
@@ -200,7 +206,7 @@ class DenseProjection(Projection):
         self,
         p: Tensor,
         view: MatrixView,
-        basis: Tensor,
+        basis: Basis,
         u: Tensor,
         *,
         alpha: Number,
@@ -208,6 +214,14 @@ class DenseProjection(Projection):
         rounding: Rounding = NEAREST,
     ) -> None:
         """W <- beta W + alpha Q U, in place and without a temporary of W's size."""
+        if isinstance(basis, Kept):
+
+            def add_(w: Tensor, j: int, s: slice) -> None:
+                q, uj = (basis[j], u[j]) if view.lead else (basis, u)
+                add_product_(w, q, uj, view.transposed, s, beta=beta, alpha=alpha)
+
+            rewrite_(p, view, add_, basis.dtype, rounding, whole=True)
+            return
         if p.dtype == basis.dtype and (w := matrix_in_place(p, view)) is not None:
             a, b = (u.mT, basis.mT) if view.transposed else (basis, u)
             addmm_(w, a, b, beta=beta, alpha=alpha)

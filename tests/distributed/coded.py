@@ -12,8 +12,7 @@ from fully_sharded import told, whole
 from sharded import divided, histories, tensors
 from slimstate.optim import FRUGAL, AdamW, AdamW8bit
 
-# Rows that nobody divides evenly, of multiples of 16: torch's fused kernel rounds the last few of a tensor otherwise.
-SHAPES = [(13, 304), (301, 16), (12, 32), (12, 2, 3, 8)]
+SHAPES = [(13, 300), (300, 12), (12, 20), (70,)]  # rows that nobody divides evenly, and a vector without codes
 STEPS = 4
 
 
@@ -24,12 +23,12 @@ class Network(nn.Module):
         super().__init__()
         mesh = None if alone else init_device_mesh("cpu", (dist.get_world_size(),))
         self.weights = nn.ParameterList(
-            nn.Parameter(x if mesh is None else divided(x, mesh, 0)) for x in tensors(SHAPES, 0, torch.float32)
+            nn.Parameter(x if mesh is None else divided(x, mesh, 0)) for x in tensors(SHAPES, 0, torch.float64)
         )
 
 
 def train(net, optimizer, start, stop):
-    for i, grads in enumerate(histories(SHAPES, 2 * STEPS, torch.float32)):
+    for i, grads in enumerate(histories(SHAPES, 2 * STEPS, torch.float64)):
         if start <= i < stop:
             for p, g in zip(net.weights, grads, strict=True):
                 p.grad = divided(g, p.device_mesh, 0) if hasattr(p, "placements") else g.clone()
@@ -37,15 +36,20 @@ def train(net, optimizer, start, stop):
 
 
 def differences(net, optimizer, other, reference):
-    """The weights and the tensors of states that are not the same, bit for bit."""
-    found = [i for i, (p, q) in enumerate(zip(net.weights, other.weights, strict=True)) if not torch.equal(whole(p), q)]
+    """What is not the same in weights and states: codes and scales bit for bit, and what is as wide as the arithmetic
+    but for the last bits, which torch's fused kernel rounds otherwise at the end of a tensor."""
+    found, coded = [], 0
     for p, q in zip(net.weights, other.weights, strict=True):
-        assert optimizer.state[p].keys() == reference.state[q].keys()
-        for key, x in optimizer.state[p].items():
-            y = reference.state[q][key]
-            if isinstance(y, torch.Tensor) and not torch.equal(whole(x), y):
+        here, there = optimizer.state[p] | {"weight": p}, reference.state[q] | {"weight": q}
+        assert here.keys() == there.keys()
+        for key, y in there.items():
+            if not isinstance(y, torch.Tensor):
+                continue
+            x = whole(here[key])
+            coded += y.dtype == torch.uint8
+            if not (torch.allclose(x, y, rtol=1e-12, atol=1e-12) if y.dtype == torch.float64 else torch.equal(x, y)):
                 found.append((tuple(q.shape), key))
-    assert any(key.endswith("_scale") for state in reference.state.values() for key in state)
+    assert coded >= 3
     return found
 
 

@@ -8,24 +8,22 @@ import sharded
 from cases import CASES
 from world import world
 
-EXACT = ["AdamW8bit", "FRUGAL, columns, 8-bit moments"]  # nothing that is rounded otherwise than in one process
+EXACT = ["AdamW8bit", "FRUGAL, columns, 8-bit moments"]  # which sum nothing over processes
 
 
-@pytest.mark.parametrize("name", EXACT)
-def test_shards_train_as_the_whole_bit_for_bit(name):
-    for worst in world(2).run(sharded.equal_to_one_process, name, 0, torch.float32, 10, coded.SHAPES):
-        assert worst == (0, 0)
-
-
-def test_shards_of_a_projected_matrix_train_as_the_whole_but_for_codes_that_rounding_decides():
-    assert "GaLoreAdamW8bit" in CASES
-    for of_distance, _ in world(2).run(sharded.equal_to_one_process, "GaLoreAdamW8bit", 0, torch.float64, 10):
-        assert of_distance < 0.02
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [*((name, 1e-12) for name in EXACT), ("GaLoreAdamW8bit", 0.02)],  # a last bit of a sum may decide a code
+)
+def test_shards_train_as_the_whole(name, allowed):
+    assert name in CASES
+    for of_distance, _ in world(2).run(sharded.equal_to_one_process, name, 0, torch.float64, 10, coded.SHAPES):
+        assert of_distance < allowed
 
 
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("after", [1, 3])
-def test_fewer_or_more_processes_have_the_codes_that_were_saved_and_go_on_bit_for_bit(tmp_path, name, after):
+def test_fewer_or_more_processes_have_the_codes_that_were_saved_and_go_on_with_them(tmp_path, name, after):
     world(2).run(coded.saved, name, tmp_path)
     for found in world(after).run(coded.resumed, name, tmp_path):
         assert found == ([], [])

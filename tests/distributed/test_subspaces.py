@@ -23,6 +23,8 @@ QUICK = [
     ("FRUGAL, entries, lion, none", 1, {"projection": "rows"}),
     ("FRUGAL, svd, sgdm, sgd", 0, {"outer": "sign"}),
     ("FRUGAL, svd, sgdm, sgd", 1, {}),
+    *(("GaLoreAdamW, power, rotate, basis in 8 bits", dim, {}) for dim in (0, 1)),
+    ("GradNormLoRP, svd, rotate, basis in 16 bits", 1, {}),
     *((f"DCTAdamW, {how}", dim, {}) for how in ("every third", "hadamard, errors") for dim in (0, 1)),
     *((f"GradNormLoRP, {how}", dim, {}) for how in ("svd, rotate", "random, reset") for dim in (0, 1)),
 ]
@@ -63,7 +65,14 @@ def test_processes_train_as_one_for_fifty_steps(name, dim, processes, dtype):
 
 
 @pytest.mark.parametrize(
-    "name", ["FRUGAL, entries, lion, none", "FRUGAL, svd, sgdm, sgd", "DCTAdamW, every third", "DCTAdamW, every step"]
+    "name",
+    [
+        "FRUGAL, entries, lion, none",
+        "FRUGAL, svd, sgdm, sgd",
+        "FRUGAL, svd, basis in 8 bits",
+        "DCTAdamW, every third",
+        "DCTAdamW, every step",
+    ],
 )
 def test_stacks_whose_matrices_lie_with_different_processes_train_as_in_one(name):
     assert differences(3, name, 0, torch.float64, 7, STACKS, batch_dims=1)[0] < 1e-9

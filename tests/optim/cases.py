@@ -92,6 +92,21 @@ CASES |= {
 CASES |= {
     "AdamW8bit": (AdamW8bit, {}, {}),
     "GaLoreAdamW8bit": (GaLoreAdamW8bit, {"rank": 4, "update_proj_gap": 2}, {}),
+    "GaLoreAdamW, power, rotate, basis in 8 bits": (
+        GaLoreAdamW,
+        {"rank": 3, "update_proj_gap": 2, "projection": "power", "basis_dtype": "8bit"},
+        {},
+    ),
+    "FRUGAL, svd, basis in 8 bits": (
+        FRUGAL,
+        {"rank": 3, "update_proj_gap": 2, "projection": "svd", "basis_dtype": "8bit"},
+        {},
+    ),
+    "GradNormLoRP, svd, rotate, basis in 16 bits": (
+        GradNormLoRP,
+        {"rank": 3, "update_proj_gap": 2, "basis_dtype": "bfloat16"},
+        {},
+    ),
 } | {
     f"{name}, 8-bit moments": (
         kind,

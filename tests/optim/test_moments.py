@@ -75,6 +75,7 @@ def test_the_values_have_the_bits_that_checkpoints_were_written_with():
 def test_codes_are_those_of_a_search_for_the_nearest_value(signed):
     values = code_values(signed)
     between = (values[1:] + values[:-1]) / 2
+    between = torch.where(between < 0, torch.nextafter(between, torch.tensor(-9.0)), between)  # to zero, either way
     halves = (torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16).view(torch.float32)
     x = torch.cat([values, between, halves, torch.tensor([1e-45, -1e-45])])
     x = torch.cat([torch.nextafter(x, torch.tensor(-9.0)), x, torch.nextafter(x, torch.tensor(9.0))])
@@ -426,45 +427,52 @@ def test_codes_that_do_not_fit_are_refused_whole(kind, key, edit, message, wide)
 # Training.
 
 
-def digits(seed=0):
-    """Noisy pictures of ten shapes, 8 x 8."""
+def pictures(seed=0):
+    """Noisy pictures of ten shapes, 8 x 8, a quarter of them under a wrong name."""
     generator = torch.Generator().manual_seed(seed)
     shapes = torch.nn.functional.avg_pool2d(torch.randn(10, 1, 10, 10, generator=generator), 3, 1).flatten(1)
     y = torch.randint(10, (512,), generator=generator)
-    return 3 * shapes[y] + 0.7 * torch.randn(512, 64, generator=generator), y
+    x = 3 * shapes[y] + torch.randn(512, 64, generator=generator)
+    return x, torch.where(
+        torch.rand(512, generator=generator) < 0.25, torch.randint(10, (512,), generator=generator), y
+    )
 
 
 PROBLEMS = {
-    "AdamW": (AdamW, {}, 3e-3),
-    "AdamP": (AdamP, {}, 3e-3),
-    "SGDP": (SGDP, {"momentum": 0.9}, 0.1),
-    "GaLoreAdamW": (GaLoreAdamW, {"update_proj_gap": 20, "scale": 1.0}, 5e-3),
+    "AdamW": (AdamW, {}, 1e-3),
+    "AdamP": (AdamP, {}, 1e-3),
+    "SGDP": (SGDP, {"momentum": 0.9}, 0.02),
+    "GaLoreAdamW": (GaLoreAdamW, {"update_proj_gap": 20, "scale": 1.0}, 2e-3),
     "GaLoreAdafactor": (
         GaLoreAdafactor,
         {"update_proj_gap": 20, "scale": 1.0, "beta1": 0.9, "scale_parameter": False},
         5e-3,
     ),
-    "GradNormLoRP": (GradNormLoRP, {"update_proj_gap": 20, "scale": 1.0}, 5e-3),
-    "DCTAdamW": (DCTAdamW, {}, 5e-3),
-    "FRUGAL, lion": (FRUGAL, {"update_proj_gap": 20, "inner": "lion"}, 1e-3),
-    "FRUGAL": (FRUGAL, {"update_proj_gap": 20}, 1e-3),
+    "GradNormLoRP": (GradNormLoRP, {"update_proj_gap": 20, "scale": 1.0}, 2e-3),
+    "DCTAdamW": (DCTAdamW, {}, 2e-3),
+    "FRUGAL, lion": (FRUGAL, {"update_proj_gap": 20, "inner": "lion"}, 3e-4),
+    "FRUGAL": (FRUGAL, {"update_proj_gap": 20}, 3e-4),
 }
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_training_with_codes_goes_as_far_as_with_numbers(name, record_property):
+def trained(name, dtype, steps=60):
+    """The loss before and after training."""
     kind, settings, lr = PROBLEMS[name]
-    x, y = digits()
-    losses = {}
-    for dtype in ("float32", "8bit"):
-        torch.default_generator.manual_seed(1)
-        net = torch.nn.Sequential(torch.nn.Linear(64, 300), torch.nn.Tanh(), torch.nn.Linear(300, 10))
-        optimizer = kind(net.parameters(), lr=lr, moment_dtype=dtype, **settings)
-        for i in range(80):
-            optimizer.zero_grad()
-            s = slice(i % 4 * 128, i % 4 * 128 + 128)
-            torch.nn.functional.cross_entropy(net(x[s]), y[s]).backward()
-            optimizer.step()
-        losses[dtype] = torch.nn.functional.cross_entropy(net(x), y).item()
-    assert losses["8bit"] < 1.05 * losses["float32"] + 0.005
-    record_property("losses", losses)
+    x, y = pictures()
+    torch.default_generator.manual_seed(1)
+    net = torch.nn.Sequential(torch.nn.Linear(64, 300), torch.nn.Tanh(), torch.nn.Linear(300, 10))
+    optimizer = kind(net.parameters(), lr=lr, moment_dtype=dtype, **settings)
+    losses = [torch.nn.functional.cross_entropy(net(x), y).item()]
+    for i in range(steps):
+        optimizer.zero_grad()
+        s = slice(i % 4 * 128, i % 4 * 128 + 128)
+        torch.nn.functional.cross_entropy(net(x[s]), y[s]).backward()
+        optimizer.step()
+    return [*losses, torch.nn.functional.cross_entropy(net(x), y).item()]
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_training_with_codes_goes_as_far_as_with_numbers(name):
+    before, after = trained(name, "float32")
+    assert 0.1 * before < after < 0.7 * before
+    assert abs(trained(name, "8bit")[1] - after) < 0.005 * (before - after)

@@ -13,6 +13,12 @@ from .adamw import Dense, adamw_step_, takes_adamw
 from .codes import decode, encode_
 from .directions import adam_direction_reference_, adam_directions_
 from .keys import WHOLE, Key, PartKey, Place, counter_key
+from .residual import (
+    scaled_residual_,
+    scaled_residual_reference_,
+    sign_residual_,
+    sign_residual_reference_,
+)
 from .rounding import stochastic_round_, stochastic_round_reference_
 from .split import Split, SplitRule, split_, takes_split
 
@@ -32,6 +38,10 @@ __all__ = [
     "counter_key",
     "decode",
     "encode_",
+    "scaled_residual_",
+    "scaled_residual_reference_",
+    "sign_residual_",
+    "sign_residual_reference_",
     "split_",
     "stochastic_round_",
     "stochastic_round_reference_",
