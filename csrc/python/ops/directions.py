@@ -333,17 +333,19 @@ def samples(device: str) -> Iterator[Sample]:
                     torch.randint(1, 300, s[:-1], generator=generator, dtype=torch.int32).to(device) for s in shapes
                 ]
                 biases = corrections([float(3 + i) for i in range(len(shapes))], 0.9, 0.999, False)
-                yield Sample(
-                    "adam_directions_",
-                    f"{dtype}{', ages by row' if by_row else ''}{what}",
-                    (
-                        *(rs, ms, vs, scales, ages if by_row else [], [] if by_row else biases),
-                        [counter_key(0, i) for i in range(2 * len(rs))],
-                        [n for i in range(len(rs)) for n in (i, 50 if i % 2 else 2**62, 70)],
-                        *(0.9, 0.999, 1e-8, by_row),
-                    ),
-                    _reference,
+                words = [counter_key(0, i) for i in range(2 * len(rs))]
+                places = [n for i in range(len(rs)) for n in (i, 50 if i % 2 else 2**62, 70)]
+                what = f"{dtype}{', ages by row' if by_row else ''}{what}"
+                numbers = ages if by_row else [], [] if by_row else biases, words, places, 0.9, 0.999, 1e-8
+                yield Sample("adam_directions_", what, (rs, ms, vs, scales, *numbers, by_row), _reference)
+                tensors = (
+                    ages if by_row else [torch.tensor(float(3 + i), dtype=torch.float64) for i in range(len(rs))],
+                    [torch.tensor(word) for word in words],
+                    places,
+                    *(torch.tensor(beta, dtype=torch.float64) for beta in (0.9, 0.999)),
+                    1e-8,
                 )
+                yield Sample("adam_directions_keyed_", what, (rs, ms, vs, scales, *tensors, by_row), _keyed_reference)
 
 
 def _coded(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
@@ -377,3 +379,23 @@ def _reference(
         keys = PartKey(words[2 * i], place), PartKey(words[2 * i + 1], place)
         bias = _row_corrections(ages[i], beta1, beta2, maximize, r.dtype) if ages else biases[2 * i : 2 * i + 2]
         adam_direction_reference_(r, m, v, bias, (beta1, beta2), eps, keys)
+
+
+def _keyed_reference(
+    rs: list[Tensor],
+    ms: list[Tensor],
+    vs: list[Tensor],
+    scales: list[Tensor],
+    ages: list[Tensor],
+    words: list[Tensor],
+    places: list[int],
+    beta1: Tensor,
+    beta2: Tensor,
+    eps: float,
+    maximize: bool,
+) -> None:
+    betas = beta1.item(), beta2.item()
+    by_row = any(age.ndim for age in ages)
+    biases = [] if by_row else corrections([age.item() for age in ages], *betas, maximize)
+    numbers = ages if by_row else [], biases, [int(word) for word in words]
+    _reference(rs, ms, vs, scales, *numbers, places, *betas, eps, maximize)
