@@ -69,9 +69,11 @@ __global__ void step(const __grid_constant__ Batch<Matrix> batch, Rule rule) {
 }
 
 void adam_directions_(std::vector<Tensor> rs, std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs,
-                      std::vector<Tensor> ages, std::vector<double> biases, std::vector<int64_t> keys,
+                      std::vector<Tensor> scales, std::vector<Tensor> ages, std::vector<double> biases, std::vector<int64_t> keys,
                       std::vector<int64_t> places, double beta1, double beta2, double eps, bool maximize) {
-  const bool low = slimstate::check_directions(rs, exp_avgs, exp_avg_sqs, ages, biases, keys, places);
+  const auto kept = slimstate::check_directions(rs, exp_avgs, exp_avg_sqs, scales, ages, biases, keys, places);
+  STD_TORCH_CHECK(kept != slimstate::Moments::CODES, "adam_directions_: moments in codes are taken on the CPU only");
+  const bool low = kept == slimstate::Moments::BFLOAT16;
   std::vector<Matrix> matrices;
   for (size_t i = 0; i < rs.size(); ++i) {
     Matrix x{};

@@ -111,7 +111,7 @@ def _adam_directions_(
 ) -> None:
     lists: dict[tuple[torch.dtype, bool], list[int]] = {}
     for i, (r, m, v) in enumerate(zip(rs, ms, vs, strict=True)):
-        if is_compiled_for(r, m, v):
+        if is_compiled_for(r, m, v) and not (scales and r.is_cuda):  # no CUDA kernel reads codes down columns
             lists.setdefault((m.dtype, isinstance(ages[i], Tensor)), []).append(i)
         elif scales:
             _codes_reference_(r, m, v, scales[i], ages[i], (beta1, beta2), eps, maximize)
