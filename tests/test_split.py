@@ -101,7 +101,7 @@ def test_parts_are_rounded_as_in_the_whole(dtype, columns, cut):
         own = [x.narrow(1 + cut, first, last - first).clone() for x in (whole.p, whole.grad)]
         moments = [x[..., first:last].clone() for x in (whole.first, whole.second)]
         place = Place(first * 30, (last - first) * 30, 1200) if columns else Place(first, last - first, 30)
-        part = Split(*own, own[0].shape, whole.index, *moments, 3.0, Rounding(PartKey(key, place)))
+        part = Split(*own, own[0].shape, whole.chosen, *moments, 3.0, Rounding(PartKey(key, place)))
         assert takes_split(part) == ("cpu" in ops.DEVICES)
         split_([part], RULE if columns else SplitRule(**vars(RULE) | {"columns": False}))
         parts.append(part.p)
@@ -142,8 +142,8 @@ def test_bad_input_is_named():
     [
         (dict(grad=torch.ones(1, 3, 4, dtype=torch.bfloat16)), "of one dtype"),
         (dict(shape=(1, 4, 4)), "of the shape given"),
-        (dict(index=torch.tensor([1])), "indices must be int32"),
-        (dict(index=torch.arange(5, dtype=torch.int32)), "no more than it has rows or columns"),
+        (dict(chosen=torch.tensor([1])), "indices must be int32"),
+        (dict(chosen=torch.arange(5, dtype=torch.int32)), "no more than it has rows or columns"),
         (dict(second=torch.ones(1, 1, 4)), "moments of 3 elements needed, got 3 and 4"),
     ],
 )
