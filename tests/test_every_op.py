@@ -27,8 +27,10 @@ def nodes() -> dict[str, tuple[Any, ...]]:
     w, a, b = torch.randn(5, 3), torch.randn(5, 2), torch.randn(2, 3)
     number = torch.tensor(0.9, dtype=torch.float64)
     tensors = [[torch.rand(4, 3), torch.rand(7)] for _ in range(4)]
+    directions = [[torch.rand(4, 3), torch.rand(7)] for _ in range(3)]
     return {
         "addmm_": (w, a, b, number, number),
+        "adam_directions_keyed_": (*directions, [], [number + 2] * 2, [], [], number, number, 1e-8, False),
         "adamw_": (*tensors, [torch.tensor(3.0)] * 2, torch.tensor(1e-3), number, number, 1e-8, 0.01, False),
     }
 
