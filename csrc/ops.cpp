@@ -7,6 +7,11 @@ STABLE_TORCH_LIBRARY(slimstate, m) {
   m.def(
       "stochastic_round_(Tensor(a!) out, Tensor x, SymInt key, SymInt offset, SymInt start, SymInt width, "
       "SymInt pitch) -> ()");
+  m.def("hadamard_scores_(Tensor(a!) scores, Tensor m, Tensor? scale, int norm) -> ()");
+  m.def("hadamard_down_(Tensor(a!) r, Tensor m, Tensor index) -> ()");
+  m.def(
+      "hadamard_write_back_(Tensor(a!) w, Tensor index, Tensor u, float alpha, float beta, bool random, SymInt key, "
+      "SymInt offset, SymInt start, SymInt width, SymInt pitch) -> ()");
 }
 
 #ifdef USE_CUDA

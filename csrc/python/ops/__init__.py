@@ -9,6 +9,14 @@ reference and fuses it, which an opaque op would prevent.
 """
 
 from ._compiled import COMPILED, DEVICES
+from .hadamard import (
+    hadamard_down,
+    hadamard_down_reference,
+    hadamard_scores,
+    hadamard_scores_reference,
+    hadamard_write_back_,
+    hadamard_write_back_reference_,
+)
 from .keys import WHOLE, Key, PartKey, Place, counter_key
 from .rounding import stochastic_round_, stochastic_round_reference_
 
@@ -20,6 +28,12 @@ __all__ = [
     "PartKey",
     "Place",
     "counter_key",
+    "hadamard_down",
+    "hadamard_down_reference",
+    "hadamard_scores",
+    "hadamard_scores_reference",
+    "hadamard_write_back_",
+    "hadamard_write_back_reference_",
     "stochastic_round_",
     "stochastic_round_reference_",
 ]

@@ -3,10 +3,10 @@
 
 import torch
 
-from . import rounding
+from . import hadamard, rounding
 from ._compiled import DEVICES
 
-CHECKED = (rounding,)
+CHECKED = (rounding, hadamard)
 
 
 def main() -> int:

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Walsh-Hadamard transform: norms of its rows, some of its rows, and back from them into a weight."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ._compiled import COMPILED, DEVICES
+from .keys import WHOLE, Key, PartKey, Place
+from .rounding import stochastic_round_
+
+__all__ = [
+    "hadamard_down",
+    "hadamard_down_reference",
+    "hadamard_scores",
+    "hadamard_scores_reference",
+    "hadamard_takes",
+    "hadamard_transform_reference",
+    "hadamard_write_back_",
+    "hadamard_write_back_reference_",
+    "powers_of_two",
+]
+
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+def powers_of_two(d: int) -> list[tuple[int, int]]:
+    """(start, size) of the blocks that d is cut into: its binary digits, the largest first."""
+    cuts, start = [], 0
+    for bit in reversed(range(d.bit_length())):
+        if d >> bit & 1:
+            cuts.append((start, 1 << bit))
+            start += 1 << bit
+    return cuts
+
+
+def hadamard_takes(m: Tensor, *, weight: bool = False) -> bool:
+    """Whether a compiled op runs on this matrix (d x k): float32 on a device that it was compiled for, with rows or
+    columns contiguous; a weight also in bfloat16 or float16, without gaps.
+
+    Args:
+        m: the matrix.
+        weight: whether it is to be written to.
+    """
+    if m.device.type not in DEVICES or m.ndim != 2:
+        return False
+    (d, k), (row, column) = m.shape, m.stride()
+    if m.dtype == torch.float32:
+        return (column == 1 and row >= k) or (row == 1 and column >= d)
+    return weight and m.dtype in _LOW_PRECISION and (row, column) in ((k, 1), (1, d))
+
+
+def hadamard_scores(m: Tensor, norm: int, scale: Tensor | None = None) -> Tensor:
+    r"""Norms of the rows of :math:`S = c\,Q^\top M`, with Q the orthonormal Walsh-Hadamard matrix.
+
+    Q is block-diagonal over the powers of two that d consists of, the largest first. Of l2 norms the square is
+    returned. M is read once, and S is never kept.
+
+    Args:
+        m: M (d x k), float32.
+        norm: 1 or 2.
+        scale: c, a 0-d tensor. None: a power of two for which nothing is lost above or below the range of float32,
+            which depends on M alone. NaN or infinite scores mean that M is not finite.
+
+    Returns:
+        d numbers, float32. Their order of addition depends on the shape alone.
+
+    Raises:
+        TypeError: M is not float32.
+        ValueError: M is not a matrix, or another norm.
+    """
+    _check("m", m, (torch.float32,))
+    if norm not in (1, 2):
+        raise ValueError(f"norm must be 1 or 2, got {norm!r}")
+    if not hadamard_takes(m):
+        return hadamard_scores_reference(m, norm, scale)
+    scores = m.new_empty(m.shape[0])
+    torch.ops.slimstate.hadamard_scores_(scores, m, scale, norm)
+    return scores
+
+
+def hadamard_down(m: Tensor, index: Tensor) -> Tensor:
+    r"""The rows `index` of :math:`Q^\top M` (r x k), with Q as in :func:`hadamard_scores`.
+
+    Args:
+        m: M (d x k), float32.
+        index: which (r,), int32, sorted.
+
+    Returns:
+        R (r x k), float32 and contiguous; equal bits whatever the order of M in memory.
+
+    Raises:
+        TypeError: a dtype is not one of these.
+        ValueError: M is not a matrix.
+    """
+    _check("m", m, (torch.float32,))
+    if index.dtype != torch.int32:
+        raise TypeError(f"index must be int32, got {index.dtype}")
+    if not hadamard_takes(m):
+        return hadamard_down_reference(m, index)
+    r = m.new_empty(len(index), m.shape[1])
+    torch.ops.slimstate.hadamard_down_(r, m, index)
+    return r
+
+
+def hadamard_write_back_(
+    w: Tensor,
+    index: Tensor,
+    u: Tensor,
+    *,
+    alpha: float | Tensor,
+    beta: float | Tensor,
+    key: Key | None = None,
+    offset: int = 0,
+) -> None:
+    r"""W <- beta W + alpha Q_J U in one pass, with Q as in :func:`hadamard_scores` and J = `index`.
+
+    Args:
+        w: W (d x k), float32, bfloat16 or float16, the columns or the rows contiguous; where it is of low precision,
+            both without gaps.
+        index: J (r,), int32, sorted.
+        u: U (r x k), float32.
+        alpha: factor of the update; in compiled code a 0-d CPU tensor, as the next two.
+        beta: factor of the weight.
+        key: of the stochastic rounding of a weight of low precision; None rounds to nearest.
+        offset: number of the first element within the whole weight, for the random bits; elements are counted in the
+            order in which they lie in memory.
+
+    Raises:
+        TypeError: a dtype is not one of these.
+        ValueError: the shapes do not fit, or `offset` is negative.
+    """
+    _check("w", w, (torch.float32, *_LOW_PRECISION))
+    _check("u", u, (torch.float32,))
+    if index.dtype != torch.int32:
+        raise TypeError(f"index must be int32, got {index.dtype}")
+    if u.shape != (len(index), w.shape[1]):
+        raise ValueError(f"u must be of shape {(len(index), w.shape[1])}, got {tuple(u.shape)}")
+    if offset < 0:
+        raise ValueError(f"offset must be >= 0, got {offset}")
+    u = u.contiguous()
+    if isinstance(alpha, Tensor) or isinstance(beta, Tensor):
+        numbers = (torch.as_tensor(x, dtype=torch.float64) for x in (alpha, beta))
+        word, place = key if isinstance(key, PartKey) else (key, WHOLE)
+        word = None if word is None else torch.as_tensor(word)
+        torch.ops.slimstate.hadamard_write_back_keyed_(w, index, u, *numbers, word, offset, *place)
+        return
+    if not hadamard_takes(w, weight=True):
+        hadamard_write_back_reference_(w, index, u, alpha=alpha, beta=beta, key=key, offset=offset)
+        return
+    word, place = key if isinstance(key, PartKey) else (key, WHOLE)
+    random = word is not None and w.dtype in _LOW_PRECISION
+    torch.ops.slimstate.hadamard_write_back_(
+        w, index, u, alpha, beta, random, int(word) if word is not None else 0, offset, *place
+    )
+    torch.autograd.graph.increment_version(w)  # so that a backward that saved it raises
+
+
+@torch.library.custom_op("slimstate::hadamard_write_back_keyed_", mutates_args=("w",))
+def _(
+    w: Tensor,
+    index: Tensor,
+    u: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    key: Tensor | None,
+    offset: int,
+    start: int,
+    width: int,
+    pitch: int,
+) -> None:
+    """One node of a compiled graph, whatever the numbers."""
+    word = None if key is None else PartKey(int(key), Place(start, width, pitch))
+    hadamard_write_back_(w, index, u, alpha=alpha.item(), beta=beta.item(), key=word, offset=offset)
+
+
+def _check(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if x.dtype not in dtypes:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must be {allowed}, got {x.dtype}")
+    if x.ndim != 2:
+        raise ValueError(f"{name} must be a matrix, got shape {tuple(x.shape)}")
+
+
+def hadamard_transform_reference(x: Tensor) -> Tensor:
+    """Q X for the columns of X (d x c), in float32 or float64, in the order of additions that the ops have."""
+    parts = [_sylvester(x[start : start + size]) for start, size in powers_of_two(len(x))]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _sylvester(x: Tensor) -> Tensor:
+    """The orthonormal transform for a power of two, factors of two first, so that nothing exceeds the result."""
+    d, c = x.shape
+    bits = d.bit_length() - 1
+    x = x.mul(2.0 ** -(bits // 2))
+    other: Tensor | None = None
+    for bit in range(bits):
+        pairs = x.view(-1, 2, 1 << bit, c)
+        first, second = pairs[:, 0], pairs[:, 1]
+        if torch.compiler.is_compiling():  # which takes no `out` with strides
+            x = torch.stack((first + second, first - second), 1).view(d, c)
+            continue
+        other = torch.empty_like(x) if other is None else other
+        results = other.view(-1, 2, 1 << bit, c)
+        torch.add(first, second, out=results[:, 0])
+        torch.sub(first, second, out=results[:, 1])
+        x, other = other, x
+    return x.mul_(math.sqrt(0.5)) if bits % 2 else x
+
+
+def hadamard_scores_reference(m: Tensor, norm: int, scale: Tensor | None = None) -> Tensor:
+    """What :func:`hadamard_scores` computes, in PyTorch; but the order of the sums over k."""
+    if scale is None:
+        largest = m.abs().amax() if m.numel() else m.new_zeros(())
+        tiny = torch.finfo(m.dtype).tiny
+        largest = largest.nan_to_num(1.0).clamp(tiny, 1 / tiny)
+        scale = torch.frexp(largest).mantissa / largest
+    s = hadamard_transform_reference(m * scale)
+    return (s.abs() if norm == 1 else s.square()).sum(1)
+
+
+def hadamard_down_reference(m: Tensor, index: Tensor) -> Tensor:
+    """What :func:`hadamard_down` computes, in PyTorch."""
+    return hadamard_transform_reference(m).index_select(0, index)
+
+
+def hadamard_write_back_reference_(
+    w: Tensor, index: Tensor, u: Tensor, *, alpha: float, beta: float, key: Key | None = None, offset: int = 0
+) -> None:
+    """What :func:`hadamard_write_back_` computes, in PyTorch."""
+    x = hadamard_transform_reference(u.new_zeros(w.shape).index_add_(0, index, u))
+    x = (w.float() * beta).add_(x.mul_(alpha))
+    if key is None or w.dtype == torch.float32:
+        w.copy_(x)
+    elif w.is_contiguous():
+        stochastic_round_(w, x, key, offset)
+    else:
+        stochastic_round_(w.mT, x.mT, key, offset)
+
+
+if COMPILED:
+
+    @torch.library.register_fake("slimstate::hadamard_scores_")
+    def _(scores: Tensor, m: Tensor, scale: Tensor | None, norm: int) -> None:
+        torch._check(scores.shape[0] == m.shape[0])
+
+    @torch.library.register_fake("slimstate::hadamard_down_")
+    def _(r: Tensor, m: Tensor, index: Tensor) -> None:
+        torch._check(r.shape == (index.shape[0], m.shape[1]))
+
+    @torch.library.register_fake("slimstate::hadamard_write_back_")
+    def _(
+        w: Tensor,
+        index: Tensor,
+        u: Tensor,
+        alpha: float,
+        beta: float,
+        random: bool,
+        key: int,
+        offset: int,
+        start: int,
+        width: int,
+        pitch: int,
+    ) -> None:
+        torch._check(u.shape == (index.shape[0], w.shape[1]))
+
+
+def check(device: str) -> Iterator[tuple[str, bool]]:
+    """Compares the compiled ops with their references: what was compared, and whether it agrees."""
+    generator = torch.Generator().manual_seed(0)
+    m = torch.randn(1376, 37, generator=generator).to(device)
+    index = torch.arange(0, 1376, 3, dtype=torch.int32, device=device)
+    for x, order in ((m, "rows"), (m.mT.contiguous().mT, "columns")):
+        for norm in (1, 2):
+            scores, expected = hadamard_scores(x, norm), hadamard_scores_reference(x, norm)
+            ratio = scores / expected  # a power of two, the same for all
+            yield f"hadamard_scores {order} l{norm}", torch.allclose(ratio, ratio[0], rtol=1e-5, atol=0)
+        r = hadamard_down(x, index)
+        yield f"hadamard_down {order}", torch.equal(r, hadamard_down_reference(x, index))
+        for dtype in (torch.float32, *_LOW_PRECISION):
+            w = x.to(dtype)
+            out, expected = w.clone(), w.clone()
+            hadamard_write_back_(out, index, r, alpha=-0.1, beta=0.99, key=5)
+            hadamard_write_back_reference_(expected, index, r, alpha=-0.1, beta=0.99, key=5)
+            yield f"hadamard_write_back_ {order} {dtype}", torch.equal(out, expected)
