@@ -2,9 +2,17 @@
 
 ``SLIMSTATE_EXT=0`` leaves it out, ``SLIMSTATE_EXT=1`` insists on it. Unset, it is built for the CPU, and for CUDA
 where torch and nvcc are there for it (with or without a GPU); what cannot be built is left out, and one line says so.
+
+A build in place (``pip install -e .``, ``setup.py build_ext --inplace``) is for this machine: ``-march=native``. A
+wheel may go to other machines, also one that ``pip install .`` makes and pip keeps: it assumes the baseline of its
+platform and holds wider versions of the hot loops, which the loader chooses from. ``SLIMSTATE_NATIVE=1`` and ``=0``
+decide otherwise. On a lesser machine than it was built for the extension does not load, and PyTorch is used. All of
+them compute the same bits. CUDA kernels are built for the GPUs that are here or for ``TORCH_CUDA_ARCH_LIST``; where
+there is neither, for compute capability 8.0, 9.0 and 10.0.
 """
 
 import os
+import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +36,14 @@ def extension(cuda: bool) -> dict[str, Any]:
         # torch asks the GPUs that it sees for their architecture, and fails where there are none.
         newest = ";10.0+PTX" if cuda_version() >= (12, 8) else "+PTX"
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0" + newest)
+
+    class Build(BuildExtension):
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            if native(self.inplace):
+                for module in self.extensions:
+                    module.extra_compile_args["cxx"] += ["-march=native", "-DSLIMSTATE_NATIVE"]
+
     sources = [*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp"), *(CSRC.glob("cuda/*.cu") if cuda else [])]
     module = (CUDAExtension if cuda else CppExtension)(
         "slimstate._C",
@@ -39,9 +55,16 @@ def extension(cuda: bool) -> dict[str, Any]:
     )
     return {
         "ext_modules": [module],
-        "cmdclass": {"build_ext": BuildExtension},
+        "cmdclass": {"build_ext": Build},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
+
+
+def native(inplace: bool) -> bool:
+    """Whether to build for this machine alone. Other platforms than this one have no levels worth the difference."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    return os.environ.get("SLIMSTATE_NATIVE", "1" if inplace else "0") == "1"
 
 
 def cuda_version() -> tuple[int, ...]:

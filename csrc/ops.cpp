@@ -3,6 +3,8 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/clones.h"
+
 STABLE_TORCH_LIBRARY(slimstate, m) {
   m.def(
       "stochastic_round_(Tensor(a!) out, Tensor x, SymInt key, SymInt offset, SymInt start, SymInt width, "
@@ -15,15 +17,32 @@ STABLE_TORCH_LIBRARY(slimstate, m) {
 }
 
 #ifdef USE_CUDA
-constexpr const char* devices = "cpu cuda";
-#else
-constexpr const char* devices = "cpu";
+namespace slimstate {
+extern const char* const cuda_architectures;
+}
 #endif
 
 // Importing slimstate._C is what runs the registrations above and in the kernels' files.
 PyMODINIT_FUNC PyInit__C(void) {
+  if (!slimstate::machine_suffices()) {
+    PyErr_SetString(PyExc_ImportError, "it was built for " SLIMSTATE_LEVEL ", which this machine is not");
+    return nullptr;
+  }
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
   PyObject* module = PyModule_Create(&definition);
-  if (module != nullptr) PyModule_AddStringConstant(module, "DEVICES", devices);
+  if (module == nullptr) return nullptr;
+#ifdef USE_CUDA
+  PyModule_AddStringConstant(module, "DEVICES", "cpu cuda");
+  PyModule_AddStringConstant(module, "CUDA_ARCHITECTURES", slimstate::cuda_architectures);
+#else
+  PyModule_AddStringConstant(module, "DEVICES", "cpu");
+  PyModule_AddStringConstant(module, "CUDA_ARCHITECTURES", "");
+#endif
+#ifdef SLIMSTATE_NATIVE
+  PyModule_AddIntConstant(module, "NATIVE", 1);
+#else
+  PyModule_AddIntConstant(module, "NATIVE", 0);
+#endif
+  PyModule_AddStringConstant(module, "CPU_LEVEL", slimstate::level_used());
   return module;
 }

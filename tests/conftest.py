@@ -1,9 +1,13 @@
+import ctypes
 import os
+from collections.abc import Iterator
+from types import ModuleType
 
 import hypothesis
 import pytest
 import torch
 
+import emulator
 from slimstate import ops
 
 pytest_plugins = ["contract_table"]
@@ -33,6 +37,22 @@ def seed() -> None:
         torch.manual_seed(0)
     else:  # torch.manual_seed notes down where it was called from, for every kind of device there might be: slow
         torch.default_generator.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def emulated_library(request: pytest.FixtureRequest) -> ctypes.CDLL:
+    path = emulator.build(request.config.cache.mkdir("emulated"))
+    torch.ops.load_library(path)
+    return ctypes.CDLL(str(path))
+
+
+@pytest.fixture(params=["forwards", "backwards"])
+def emulated(request: pytest.FixtureRequest, emulated_library: ctypes.CDLL) -> Iterator[ModuleType]:
+    """The CUDA kernels on CPU tensors, as ``torch.ops.slimstate`` is called; in both orders of a block's threads."""
+    backwards = ctypes.c_int.in_dll(emulated_library, "emulated_backwards")
+    backwards.value = request.param == "backwards"
+    yield torch.ops.slimstate_emulated
+    backwards.value = False
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

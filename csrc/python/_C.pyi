@@ -1,1 +1,4 @@
 DEVICES: str
+CUDA_ARCHITECTURES: str
+NATIVE: int
+CPU_LEVEL: str

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ._compiled import COMPILED, DEVICES
+from ._samples import Sample
 from .keys import WHOLE, Key, PartKey, Place, counter_key
 
 __all__ = ["stochastic_round_", "stochastic_round_reference_"]
@@ -141,12 +142,24 @@ if COMPILED:
         torch._check(out.numel() == x.numel())
 
 
-def check(device: str) -> Iterator[tuple[str, bool]]:
-    """Compares the compiled op with its reference: what was compared, and whether it agrees."""
+def samples(device: str) -> Iterator[Sample]:
+    """What the compiled op is compared with its reference by."""
     # Every exponent, both signs, infinities and NaN: the bits of a float32 at even distances.
     x = torch.arange(-(2**31), 2**31, 16411, device=device).to(torch.int32).view(torch.float32)
+    key, offset = counter_key(0, 1), 2**32 - 1000
     for dtype in (torch.bfloat16, torch.float16):
-        out, expected = torch.empty_like(x, dtype=dtype), torch.empty_like(x, dtype=dtype)
-        stochastic_round_(out, x, counter_key(0, 1), offset=2**32 - 1000)
-        stochastic_round_reference_(expected, x, counter_key(0, 1), offset=2**32 - 1000)
-        yield f"stochastic_round_ {dtype}", torch.equal(out.view(torch.int16), expected.view(torch.int16))
+        out = torch.zeros_like(x, dtype=dtype)
+        for what, start, stop, place in (
+            ("", 0, None, WHOLE),
+            (" unaligned", 1, 500, WHOLE),
+            (" of a part", 0, 5000, Place(7, 129, 1000)),
+            (" empty", 0, 0, WHOLE),
+        ):
+            arguments = (out[start:stop], x[start:stop], key, offset, *place)
+            yield Sample("stochastic_round_", f"{dtype}{what}", arguments, _reference)
+        keyed = (out[:500], x[:500], torch.tensor(key), offset, *WHOLE)
+        yield Sample("stochastic_round_keyed_", str(dtype), keyed, _reference)
+
+
+def _reference(out: Tensor, x: Tensor, key: int | Tensor, offset: int, start: int, width: int, pitch: int) -> None:
+    stochastic_round_reference_(out, x, int(key), offset, Place(start, width, pitch))
