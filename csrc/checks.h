@@ -4,6 +4,7 @@
 
 #include <limits>
 #include <optional>
+#include <vector>
 
 namespace slimstate {
 
@@ -17,6 +18,15 @@ inline void check_stochastic_round(const torch::stable::Tensor& out, const torch
   STD_TORCH_CHECK(out.get_device_index() == x.get_device_index() && out.is_cuda() == x.is_cuda(),
                   "stochastic_round_: out and x must be on one device");
   STD_TORCH_CHECK(width > 0, "stochastic_round_: width must be >= 1, got ", width);
+}
+
+// Places come as (start, width, pitch) of each tensor.
+inline void check_places(const char* op, const std::vector<int64_t>& places, size_t count) {
+  STD_TORCH_CHECK(places.size() == 3 * count, op, ": needs three numbers of a place for each of ", count, " tensors, got ",
+                  places.size());
+  for (size_t i = 0; i < count; ++i) {
+    STD_TORCH_CHECK(places[3 * i + 1] > 0, op, ": width must be >= 1, got ", places[3 * i + 1]);
+  }
 }
 
 inline bool on_one_device(const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
@@ -74,6 +84,145 @@ inline void check_hadamard_write_back(const torch::stable::Tensor& w, const torc
   STD_TORCH_CHECK(!low || w.stride(0) * w.stride(1) == (w.stride(1) == 1 ? w.size(1) : w.size(0)),
                   "hadamard_write_back_: w of low precision must have no gaps");
   STD_TORCH_CHECK(width > 0, "hadamard_write_back_: width must be >= 1, got ", width);
+}
+
+inline void check_hadamard_adam(const torch::stable::Tensor& w, const torch::stable::Tensor& g,
+                                const torch::stable::Tensor& exp_avg, const torch::stable::Tensor& exp_avg_sq,
+                                const torch::stable::Tensor& ages, const torch::stable::Tensor& index,
+                                const torch::stable::Tensor& chosen) {
+  using torch::headeronly::ScalarType;
+  constexpr const char* op = "hadamard_adam_";
+  STD_TORCH_CHECK(w.scalar_type() == ScalarType::Float && g.scalar_type() == ScalarType::Float, op,
+                  ": w and g must be float32");
+  check_hadamard_index(op, index, w, exp_avg);
+  check_hadamard_index(op, chosen, w, exp_avg_sq);
+  check_hadamard_index(op, ages, g, exp_avg);
+  STD_TORCH_CHECK(w.size(0) == g.size(0), op, ": w and g must have one shape");
+  STD_TORCH_CHECK(on_one_device(w, g), op, ": the tensors must be on one device");
+}
+
+// Whether two moments of something of `numel` elements are bfloat16; else they are float32.
+inline bool check_moments(const char* op, const torch::stable::Tensor& m, const torch::stable::Tensor& v,
+                          int64_t numel) {
+  using torch::headeronly::ScalarType;
+  STD_TORCH_CHECK(m.scalar_type() == ScalarType::Float || m.scalar_type() == ScalarType::BFloat16, op,
+                  ": moments must be float32 or bfloat16");
+  STD_TORCH_CHECK(m.scalar_type() == v.scalar_type(), op, ": both moments must have one dtype");
+  STD_TORCH_CHECK(m.numel() == numel && v.numel() == numel, op, ": moments of ", numel, " elements needed, got ",
+                  m.numel(), " and ", v.numel());
+  STD_TORCH_CHECK(m.is_contiguous() && v.is_contiguous(), op, ": moments must be contiguous");
+  return m.scalar_type() == ScalarType::BFloat16;
+}
+
+// Whether the moments of a list are bfloat16.
+inline bool check_directions(const std::vector<torch::stable::Tensor>& rs,
+                             const std::vector<torch::stable::Tensor>& exp_avgs,
+                             const std::vector<torch::stable::Tensor>& exp_avg_sqs,
+                             const std::vector<torch::stable::Tensor>& ages, const std::vector<double>& biases,
+                             const std::vector<int64_t>& keys, const std::vector<int64_t>& places) {
+  using torch::headeronly::ScalarType;
+  constexpr const char* op = "adam_directions_";
+  const size_t count = rs.size();
+  STD_TORCH_CHECK(exp_avgs.size() == count && exp_avg_sqs.size() == count, op, ": as many moments as R needed");
+  STD_TORCH_CHECK(ages.empty() ? biases.size() == 2 * count : ages.size() == count, op,
+                  ": either ages of each matrix or two corrections needed");
+  bool low = false;
+  for (size_t i = 0; i < count; ++i) {
+    STD_TORCH_CHECK(rs[i].scalar_type() == ScalarType::Float && rs[i].is_contiguous(), op,
+                    ": R must be float32 and contiguous");
+    const bool own = check_moments(op, exp_avgs[i], exp_avg_sqs[i], rs[i].numel());
+    STD_TORCH_CHECK(i == 0 || own == low, op, ": all moments must have one dtype");
+    low = own;
+    STD_TORCH_CHECK(on_one_device(rs[i], exp_avgs[i]) && on_one_device(rs[i], exp_avg_sqs[i]) &&
+                        on_one_device(rs[i], rs[0]),
+                    op, ": all tensors must be on one device");
+    if (!ages.empty()) {
+      const int64_t rows = ages[i].numel();
+      STD_TORCH_CHECK(ages[i].scalar_type() == ScalarType::Int && ages[i].is_contiguous() &&
+                          on_one_device(rs[i], ages[i]),
+                      op, ": ages must be int32, contiguous and on the device of R");
+      STD_TORCH_CHECK(rows == 0 ? rs[i].numel() == 0 : rs[i].numel() % rows == 0, op, ": one age for each row needed");
+    }
+  }
+  if (low) {
+    STD_TORCH_CHECK(keys.size() == 2 * count, op, ": two keys for each matrix needed");
+    check_places(op, places, count);
+  }
+  return low;
+}
+
+enum class SplitMoments { GIVEN, FLOAT32, BFLOAT16 };
+
+// What decides which version of the split step runs.
+struct SplitKind {
+  torch::headeronly::ScalarType weight;
+  bool low, random;
+  SplitMoments moments;
+};
+
+inline SplitKind check_split(const std::vector<torch::stable::Tensor>& ps,
+                             const std::vector<torch::stable::Tensor>& grads,
+                             const std::vector<torch::stable::Tensor>& indices,
+                             const std::vector<torch::stable::Tensor>& exp_avgs,
+                             const std::vector<torch::stable::Tensor>& exp_avg_sqs,
+                             const std::vector<torch::stable::Tensor>& lows, const std::vector<int64_t>& shapes,
+                             const std::vector<double>& biases, const std::vector<int64_t>& keys,
+                             const std::vector<int64_t>& places, const std::vector<int64_t>& moment_keys,
+                             const std::vector<int64_t>& moment_places, bool columns, int64_t outer) {
+  using torch::headeronly::ScalarType;
+  constexpr const char* op = "split_";
+  const size_t count = ps.size();
+  STD_TORCH_CHECK(grads.size() == count && indices.size() == count && exp_avgs.size() == count &&
+                      (exp_avg_sqs.empty() || exp_avg_sqs.size() == count) &&
+                      (lows.empty() || lows.size() == count) && shapes.size() == 3 * count,
+                  op, ": lists of ", count, " tensors, and three numbers of a shape for each, needed");
+  STD_TORCH_CHECK(outer >= 0 && outer <= 2, op, ": outer must be 0, 1 or 2, got ", outer);
+  STD_TORCH_CHECK(exp_avg_sqs.empty() || biases.size() == 2 * count, op, ": two corrections for each matrix needed");
+  STD_TORCH_CHECK(keys.empty() || keys.size() == count, op, ": a key for each of ", count, " matrices needed");
+  SplitKind kind{ps[0].scalar_type(), !lows.empty(), !keys.empty(), SplitMoments::GIVEN};
+  STD_TORCH_CHECK(kind.weight == ScalarType::Float || kind.weight == ScalarType::BFloat16 ||
+                      kind.weight == ScalarType::Half,
+                  op, ": weights must be float32, bfloat16 or float16");
+  STD_TORCH_CHECK(!(kind.low && kind.random) && (kind.weight != ScalarType::Float || !(kind.low || kind.random)), op,
+                  ": weights in float32 have neither keys nor lows, others have one of them at most");
+  if (kind.random) check_places(op, places, count);
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t members = shapes[3 * i], rows = shapes[3 * i + 1], width = shapes[3 * i + 2];
+    const int64_t kept = indices[i].numel() * (columns ? rows : width);
+    for (const torch::stable::Tensor* x : {&ps[i], &grads[i]}) {
+      STD_TORCH_CHECK(x->scalar_type() == kind.weight && x->is_contiguous() && on_one_device(*x, ps[0]) &&
+                          members >= 0 && rows >= 0 && width >= 0 && x->numel() == members * rows * width,
+                      op, ": weights and gradients must be contiguous, of one dtype, on one device and of the shape given");
+    }
+    STD_TORCH_CHECK(indices[i].scalar_type() == ScalarType::Int && indices[i].is_contiguous() &&
+                        on_one_device(indices[i], ps[0]),
+                    op, ": indices must be int32, contiguous and on the device of the weights");
+    STD_TORCH_CHECK(members == 0 || (indices[i].numel() % members == 0 &&
+                                     indices[i].numel() / members <= (columns ? width : rows)),
+                    op, ": as many indices for each matrix needed, and no more than it has rows or columns");
+    STD_TORCH_CHECK(on_one_device(exp_avgs[i], ps[0]), op, ": all tensors must be on one device");
+    if (kind.low) {
+      STD_TORCH_CHECK(lows[i].scalar_type() == ScalarType::Short && lows[i].is_contiguous() &&
+                          lows[i].numel() == ps[i].numel() && on_one_device(lows[i], ps[0]),
+                      op, ": lows must be int16, contiguous and of the shape of the weights");
+    }
+    if (exp_avg_sqs.empty()) {
+      STD_TORCH_CHECK(exp_avgs[i].scalar_type() == ScalarType::Float && exp_avgs[i].is_contiguous() &&
+                          exp_avgs[i].numel() == kept,
+                      op, ": directions must be float32 and contiguous, with a row for each index");
+      continue;
+    }
+    STD_TORCH_CHECK(on_one_device(exp_avg_sqs[i], ps[0]), op, ": all tensors must be on one device");
+    const auto own = check_moments(op, exp_avgs[i], exp_avg_sqs[i], kept) ? SplitMoments::BFLOAT16
+                                                                         : SplitMoments::FLOAT32;
+    STD_TORCH_CHECK(i == 0 || own == kind.moments, op, ": all moments must have one dtype");
+    kind.moments = own;
+  }
+  if (kind.moments == SplitMoments::BFLOAT16) {
+    STD_TORCH_CHECK(moment_keys.size() == 2 * count, op, ": two keys for the moments of each matrix needed");
+    check_places(op, moment_places, count);
+  }
+  return kind;
 }
 
 }  // namespace slimstate

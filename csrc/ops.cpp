@@ -14,6 +14,18 @@ STABLE_TORCH_LIBRARY(slimstate, m) {
   m.def(
       "hadamard_write_back_(Tensor(a!) w, Tensor index, Tensor u, float alpha, float beta, bool random, SymInt key, "
       "SymInt offset, SymInt start, SymInt width, SymInt pitch) -> ()");
+  m.def(
+      "hadamard_adam_(Tensor(a!) w, Tensor g, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) ages, "
+      "Tensor(e!) index, Tensor chosen, bool carry, float alpha, float beta, float beta1, float beta2, float eps, "
+      "bool maximize) -> ()");
+  m.def(
+      "adam_directions_(Tensor(a!)[] rs, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor[] ages, "
+      "float[] biases, int[] keys, int[] places, float beta1, float beta2, float eps, bool maximize) -> ()");
+  m.def(
+      "split_(Tensor(a!)[] ps, Tensor[] grads, Tensor[] indices, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor(d!)[] lows, int[] shapes, float[] biases, int[] keys, int[] places, int[] moment_keys, "
+      "int[] moment_places, bool columns, int outer, float decay, float step, float outside, float beta1, "
+      "float beta2, float eps) -> ()");
 }
 
 #ifdef USE_CUDA

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from slimstate.ops import Key
+from slimstate.ops import Key, adam_directions_
 from slimstate.projections._base import compute_dtype
 from slimstate.projections._blocks import blocks
 from slimstate.projections._numbers import Number, lerp_, scalar
@@ -19,7 +19,6 @@ from ._base import Entry, Group, Spec
 __all__ = [
     "adam_directions",
     "adamw_step_",
-    "aged_direction_",
     "check_adam",
     "check_lr",
     "check_not_negative",
@@ -27,6 +26,7 @@ __all__ = [
     "check_storage",
     "is_number",
     "moment_dtype",
+    "moment_keys",
     "moments_spec",
     "rounding",
     "store_",
@@ -215,27 +215,46 @@ def _adamw_(
     weight_decay: float,
     maximize: bool,
 ) -> None:
-    fused = params[0].device.type in FUSED_DEVICES
-    # One less, since the kernel counts by itself; on the device for it, and where Python reads it otherwise.
-    devices = [p.device if fused else torch.device("cpu") for p in params]
-    before = [torch.full((), age - 1, dtype=torch.float32, device=d) for age, d in zip(ages, devices, strict=True)]
-    adamw(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        [],
-        before,
-        fused=fused,
-        foreach=False,
-        amsgrad=False,
-        beta1=beta1,
-        beta2=beta2,
-        lr=lr,
-        weight_decay=weight_decay,
-        eps=eps,
-        maximize=maximize,
-    )
+    if params[0].device.type not in FUSED_DEVICES:
+        before = [torch.full((), age - 1, dtype=torch.float32) for age in ages]  # one less: torch counts by itself
+        adamw(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            [],
+            before,
+            foreach=False,
+            fused=False,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=eps,
+            maximize=maximize,
+        )
+        return
+    alike: dict[Any, list[int]] = {}
+    for i, (p, age) in enumerate(zip(params, ages, strict=True)):
+        alike.setdefault((p.device, p.dtype, age), []).append(i)
+    for (device, _, age), places in alike.items():
+        step = torch.full((), age, dtype=torch.float32, device=device)  # which the kernel only reads
+        torch._fused_adamw_(
+            [params[i] for i in places],
+            [grads[i] for i in places],
+            [exp_avgs[i] for i in places],
+            [exp_avg_sqs[i] for i in places],
+            [],
+            [step] * len(places),
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=maximize,
+        )
 
 
 @torch.library.custom_op("slimstate::adamw_", mutates_args=("params", "exp_avgs", "exp_avg_sqs"))
@@ -261,7 +280,7 @@ def adam_directions(
     entries: Sequence[Entry],
     rs: list[Tensor],
     group: Group,
-    ages: list[Number],
+    ages: Sequence[Number],
     keys: tuple[str, str] = ("exp_avg", "exp_avg_sq"),
 ) -> list[Tensor]:
     r"""Takes projected gradients R into the moments of their parameters, and returns the directions in the subspaces:
@@ -272,55 +291,33 @@ def adam_directions(
 
     Args:
         entries: the parameters.
-        rs: R (r x k) of each, in the dtype of arithmetic.
+        rs: R (r x k) of each, or a stack of them, in the dtype of arithmetic; overwritten.
         group: the hyperparameters; `maximize` turns U around.
-        ages: t of each, the number of gradients in its moments, this one included.
+        ages: t of each, the number of gradients in its moments, this one included: a number, or int32 (r,) or (b, r)
+            where rows differ.
         keys: the names of M and V in the state; others than these must be in R's dtype.
 
     Returns:
-        U of each, of R's shape.
+        U of each, which takes the place of R.
     """
-    kept = [[x.state[key] for x in entries] for key in keys]
-    m, v = wide = [[y.to(r.dtype) for y, r in zip(moments, rs, strict=True)] for moments in kept]
-    us = [torch.zeros_like(r) for r in rs]  # a weight of zero that takes one step of size 1 becomes the direction
-    _fused_(us, rs, m, v, ages, 1.0, 0.0, group)
-    for moments, values, purpose in zip(kept, wide, (EXP_AVG, EXP_AVG_SQ), strict=True):
-        for x, moment, value in zip(entries, moments, values, strict=True):
-            if moment.dtype != value.dtype:
-                store_(moment, value, x.key(purpose))
-    return us
+    moments = [[x.state[key] for x in entries] for key in keys]
+    adam_directions_(
+        rs,
+        *moments,
+        ages,
+        betas=group["betas"],
+        eps=group["eps"],
+        maximize=group["maximize"],
+        keys=moment_keys(entries, moments[0]),
+    )
+    return rs
 
 
-def aged_direction_(x: Entry, r: Tensor, group: Group, ages: Tensor) -> Tensor:
-    r"""As `adam_directions`, for one parameter whose moments differ in age from row to row; U takes the place of R.
-
-    Row i is corrected by its own :math:`1-\beta^{t_i}`, which no fused kernel does.
-
-    Args:
-        x: the parameter.
-        r: R (r x k) or a stack of them, in the dtype of arithmetic; overwritten.
-        group: the hyperparameters; `maximize` turns U around.
-        ages: t of each row (r,) or (b, r), at least 1, this step included.
-
-    Returns:
-        U, of R's shape.
-    """
-    beta1, beta2 = group["betas"]
-    moments = [x.state[key].flatten(0, -2) for key in ("exp_avg", "exp_avg_sq")]
-    rows, t = r.flatten(0, -2), ages.flatten()[:, None].double()
-    bias1, bias2 = ((1 - beta**t).to(r.dtype) for beta in (beta1, beta2))
-    if not group["maximize"]:
-        bias1.neg_()
-    for s in blocks(rows, 0, r.itemsize):
-        g = rows[s]
-        m, v = (y[s].to(r.dtype) for y in moments)
-        take_(m, v, g, beta1, beta2)
-        root = (v / bias2[s]).sqrt_().add_(group["eps"])
-        torch.div(m, bias1[s], out=g).div_(root)
-        for moment, value, purpose in zip(moments, (m, v), (EXP_AVG, EXP_AVG_SQ), strict=True):
-            if moment.dtype != value.dtype:
-                store_(moment[s], value, x.key(purpose), s.start * rows.shape[1])
-    return r
+def moment_keys(entries: Sequence[Entry], moments: list[Tensor]) -> list[tuple[Key, Key]]:
+    """What the random bits of moments go by, for a list of which any are rounded."""
+    if all(moment.dtype in (torch.float32, torch.float64) for moment in moments):
+        return []
+    return [(x.key(EXP_AVG), x.key(EXP_AVG_SQ)) for x in entries]
 
 
 def take_(m: Tensor, v: Tensor, g: Tensor, beta1: Number, beta2: Number) -> None:

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, overload
+from typing import Any, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -260,8 +260,8 @@ class Optimizer(torch.optim.Optimizer):
         prepared = []
         for group in self.param_groups:
             params = [p for p in group["params"] if self._gradients(p)]
-            for p in params:
-                self.state[p]["step"] += 1
+            if params:
+                torch._foreach_add_([self.state[p]["step"] for p in params], 1)
             self._select_states(group, params)
             entries = [self._entry(p, group, compiling) for p in params]
             settings = group | {key: _number(group[key], compiling) for key in SCHEDULED if key in group}
@@ -286,15 +286,21 @@ class Optimizer(torch.optim.Optimizer):
         return () if p.grad is None else (p.grad,)
 
     def _check_gradients(self) -> None:
-        for name, p, _ in self._named():
-            if p.grad is not None and (p.grad.is_complex() or p.grad.layout != torch.strided):
-                kind = "complex" if p.grad.is_complex() else "sparse"
-                raise RuntimeError(f"{type(self).__name__} takes dense real gradients, got a {kind} one for {name}")
-            if p.grad is not None and p.is_meta:
-                raise RuntimeError(
-                    f"parameter {name} is on the meta device and has no data: materialise the model (`to_empty`, then "
-                    "its weights), and put its new parameters into the optimizer's groups"
-                )
+        for group in self.param_groups:
+            for p in group["params"]:
+                grad = p.grad
+                if grad is not None and (grad.layout != torch.strided or grad.is_complex() or p.is_meta):
+                    self._refuse_gradient(p, grad)
+
+    def _refuse_gradient(self, p: Tensor, grad: Tensor) -> NoReturn:
+        name = next(name for name, q, _ in self._named() if q is p)
+        if grad.is_complex() or grad.layout != torch.strided:
+            kind = "complex" if grad.is_complex() else "sparse"
+            raise RuntimeError(f"{type(self).__name__} takes dense real gradients, got a {kind} one for {name}")
+        raise RuntimeError(
+            f"parameter {name} is on the meta device and has no data: materialise the model (`to_empty`, then its "
+            "weights), and put its new parameters into the optimizer's groups"
+        )
 
     def _note_shapes(self, i: int) -> None:
         group = self.param_groups[i]
@@ -305,7 +311,7 @@ class Optimizer(torch.optim.Optimizer):
     def _check_shapes(self) -> None:
         """Refuses what a wrapper has made of parameters since they were added, before it gets a state."""
         for i, group in enumerate(self.param_groups):
-            new = [p for p in group["params"] if "step" not in self.state.get(p, {}) and self._gradients(p)]
+            new = [p for p in group["params"] if p not in self._forms and self._gradients(p)]
             for p in new:
                 refuse_flat(p)
             if new and i in self._shaped and not any(self._has_shape(p, group) for p in group["params"]):
@@ -351,27 +357,32 @@ class Optimizer(torch.optim.Optimizer):
     def _create_states(self, only: Tensor | None = None) -> None:
         """Gives each parameter that has a gradient, or only one, the state that `_spec` says: creates it at first, and
         brings it along where the parameter's dtype or device, or a setting, has changed since."""
+        new = False
         for group in self.param_groups:
             settings = _forming(group)
-            for p in (p for p in group["params"] if only is None or p is only):
+            for p in group["params"] if only is None else [p for p in group["params"] if p is only]:
                 if not self._gradients(p):
                     continue
-                form = (p.dtype, p.device, *settings)
+                state, form = self.state[p], (p.dtype, p.device, settings)
                 known = self._forms.get(p, (None,))  # of a copy nothing is known
-                if "step" in self.state[p] and known != form:
-                    self._conform(p, group, known[0])
-                self._forms[p] = form
+                new |= "step" not in state
+                if known != form:
+                    if "step" in state:
+                        self._conform(p, group, known[0])
+                    self._forms[p] = form
+        if not new:
+            return
         for position, (name, p, group) in enumerate(self._named()):
             if not (only is None or p is only) or not self._gradients(p) or "step" in self.state[p]:
                 continue
             # By name where there is one, so that the draws do not depend on the order of the parameters.
             stream = zlib.crc32(name.encode()) if "param_names" in group else position
             stream = self.state[p].get("stream", stream)
-            state: State = {"step": torch.zeros((), dtype=torch.float32), "stream": stream}
-            self.state[p].update(state | self._zeros(p, group))
+            counters = {"step": torch.zeros((), dtype=torch.float32), "stream": stream}
+            self.state[p].update(counters | self._zeros(p, group))
 
     def _present_forms(self) -> dict[Tensor, tuple[Any, ...]]:
-        return {p: (p.dtype, p.device, *_forming(group)) for _, p, group in self._named() if p in self.state}
+        return {p: (p.dtype, p.device, _forming(group)) for _, p, group in self._named() if p in self.state}
 
     def _zeros(self, p: Tensor, group: Group, keys: Iterable[str] | None = None) -> State:
         """New tensors of a state: those of these keys, or all that do not come and go."""

@@ -38,6 +38,7 @@ __all__ = [
     "due",
     "rotate_",
     "tasks_of",
+    "view_of",
 ]
 
 DEFAULT_RANK = 0.25  # of the smaller side: about what GaLore takes, 128 of 512 to 1024 of 4096
@@ -265,9 +266,9 @@ class ProjectedOptimizer(Optimizer):
 
     def _is_chosen(self, p: Tensor, group: Group) -> bool:
         """Whether the group wants this parameter's state compressed, and its shape allows it."""
-        return (
-            any(group[key] is not None for key in self.shares) and p.ndim >= group["batch_dims"] + 2 and p.numel() > 0
-        )
+        if p.ndim < group["batch_dims"] + 2 or not p.numel():
+            return False
+        return any(group[key] is not None for key in self.shares)
 
     def _has_shape(self, p: Tensor, group: Group) -> bool:
         return self._is_chosen(p, group)
@@ -593,8 +594,14 @@ def _usable(largest: float) -> bool:
 
 
 def _matrix(x: Entry, projection: Projection, group: Group) -> Matrix:
-    view = projection.view(tuple(x.p.shape), group["batch_dims"]) if x.part is None else x.part.here
+    view = view_of(projection, tuple(x.p.shape), group["batch_dims"]) if x.part is None else x.part.here
     return Matrix(x.param, x.part, x.p, x.gradient, x.state, x.step, x.draw, view)
+
+
+@lru_cache(maxsize=4096)
+def view_of(projection: Projection, shape: tuple[int, ...], batch_dims: int) -> MatrixView:
+    """`projection.view`, remembered; not for code that is traced."""
+    return projection.view(shape, batch_dims)
 
 
 @lru_cache(maxsize=256, typed=True)  # rank 1 and rank 1.0 are not the same

@@ -46,7 +46,7 @@ def directions(entries: Sequence[Entry], rs: list[Tensor], group: Group, ages: l
 
     Args:
         entries: the parameters.
-        rs: R (r x k) of each, in the dtype of arithmetic.
+        rs: R (r x k) of each, in the dtype of arithmetic; overwritten.
         group: the hyperparameters; `maximize` turns U around.
         ages: the number of gradients in the moments of each, this one included.
     """

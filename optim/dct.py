@@ -14,7 +14,7 @@ from slimstate.projections._base import compute_dtype
 from slimstate.projections._blocks import blocks, largest_magnitude
 from slimstate.projections._dictionary import Columns, FixedDictionary, SomeRows
 
-from ._adam import aged_direction_, rounding, store_
+from ._adam import adam_directions, rounding, store_
 from ._base import Group, Spec, refuse
 from ._projected import DEFAULT_RANK, Matrix, ProjectedOptimizer, Task, counts_apart, tasks_of
 from ._quantize import LEVELS, codes_shape, decode, encode
@@ -308,11 +308,12 @@ class DCTAdamW(ProjectedOptimizer):
                 for j in range(math.prod(x.view.lead)):
                     self._keep_error_(x, group, j, projection, x.member(r, j))
             x.state["ages"] += 1
+            (u,) = adam_directions([x], [r], group, [x.state["ages"]])
             projection.write_back_(
                 x.p,
                 x.view,
                 x.state["index"],
-                aged_direction_(x, r, group, x.state["ages"]),
+                u,
                 alpha=lr * group["scale"],
                 beta=1 - lr * group["weight_decay"],
                 rounding=rounding(x, group),

@@ -1,5 +1,7 @@
 """FRUGAL. Zmushko et al., 2024. https://arxiv.org/abs/2411.07837"""
 
+import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -7,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from slimstate.ops import counter_key
+from slimstate.ops import Split, SplitRule, counter_key, split_, takes_split
 from slimstate.projections import (
     SVD,
     Coordinates,
@@ -19,11 +21,12 @@ from slimstate.projections import (
 )
 from slimstate.projections._base import compute_dtype, rewrite_
 from slimstate.projections._numbers import addmm_
+from slimstate.projections._rounding import LOW_PRECISION
 
-from ._adam import check_adam, is_number, rounding, weight_spec
+from ._adam import check_adam, is_number, moment_keys, rounding, weight_spec
 from ._base import Entry, Group, Spec, State, refuse
 from ._loading import misfit
-from ._projected import Matrix, ProjectedOptimizer
+from ._projected import Arranged, Matrix, ProjectedOptimizer, view_of
 from ._rules import RULES, directions, rule_spec, whole_step_
 from ._sharding import Part
 
@@ -255,7 +258,7 @@ class FRUGAL(ProjectedOptimizer):
         if group["density"] == 0:
             return 0.0
         projection = self._projection(group)
-        view = projection.view(tuple(p.shape), group["batch_dims"])
+        view = view_of(projection, tuple(p.shape), group["batch_dims"])
         return projection.rank_of(view.d, view.k) / view.d
 
     def _report_clamped(self, group: Group) -> None:
@@ -353,16 +356,13 @@ class FRUGAL(ProjectedOptimizer):
         elif group["density"] != 0:
             whole_step_(chosen, group, scale=group["scale"])
         else:
-            for x in chosen:
-                outer_step_(x, group)
+            outer_steps_(chosen, group)
 
     @torch.compiler.disable  # which tensors have moments changes, and would be compiled anew each time
     def _step_in_turns_(self, entries: list[Entry], group: Group) -> None:
         selected = [x for x in entries if rule_spec(x.param, group, ()).keys() <= x.state.keys()]
         whole_step_(selected, group, scale=group["scale"], aged=True)
-        for x in entries:
-            if x not in selected:
-                outer_step_(x, group)
+        outer_steps_([x for x in entries if x not in selected], group)
 
     def _has_turn(self, place: int, tensors: int, group: Group, step: int) -> bool:
         """Whether the tensor at this place among so many has moments in this step of its own."""
@@ -373,31 +373,117 @@ class FRUGAL(ProjectedOptimizer):
         """How many of so many tensors are selected at a time."""
         return 0 if group["density"] == 0 else self._projection(group).rank_of(tensors, tensors)
 
+    def _step_group(self, group: Group, entries: Arranged) -> None:
+        """Coordinates take one pass over weights and gradients, all matrices together, where nothing has to be known
+        of R before."""
+        left: list[tuple[list[Matrix], Projection]] = []
+        for some, projection in entries.matrices:
+            splits = {x: self._split(x, group, projection) for x in some}
+            if isinstance(projection, Coordinates):
+                split_([x for x in splits.values() if x is not None], _rule(group, projection))
+            if others := [x for x, split in splits.items() if split is None]:
+                left.append((others, projection))
+        super()._step_group(group, entries._replace(matrices=left))
+
+    def _split(self, x: Matrix, group: Group, projection: Projection) -> Split | None:
+        """A matrix whose Adam takes R as it is found; None where that is done in steps."""
+        if group["inner"] != "adamw" or x.reduced is not None or not isinstance(projection, Coordinates):
+            return None
+        return split_of(x, group, projection, x.state["exp_avg"], x.state["exp_avg_sq"])
+
     def _update(
         self, matrices: list[Matrix], reduced: list[tuple[Tensor, ...]], group: Group, projection: Projection
     ) -> None:
         lr = group["lr"]
         rs = [r for (r,) in reduced]
+        if group["outer"] != "none" and not isinstance(projection, Coordinates):
+            rs = [r.clone() for r in rs]  # what lies outside is found by R
         us = directions(matrices, rs, group, [x.age for x in matrices])
-        for x, r, u in zip(matrices, rs, us, strict=True):
+        for x, (r,), u in zip(matrices, reduced, us, strict=True):
             basis, how = x.state[projection.key], rounding(x, group)
             decay, step = 1 - lr * group["weight_decay"], lr * group["scale"]
-            if group["outer"] == "none":
+            if isinstance(projection, Coordinates):
+                if (split := split_of(x, group, projection, u)) is not None:
+                    split_([split], _rule(group, projection))
+                else:
+                    rows = projection.take(x.p, x.view, basis, how.low).mul_(decay).add_(u.mul_(step))
+                    projection.rewrite_(x.p, x.view, basis, rows, _outside(x, group), how)
+            elif group["outer"] == "none":
                 projection.write_back_(x.p, x.view, basis, u, alpha=step, beta=decay, rounding=how)
-            elif isinstance(projection, Coordinates):  # the selected rows go around the step of everything else
-                rows = projection.take(x.p, x.view, basis, how.low).mul_(decay).add_(u.mul_(step))
-                outer_step_(x, group)
-                projection.put_(x.p, x.view, basis, rows, how)
             else:
                 split_step_(x, basis, r, u, group)
 
 
-def outer_step_(x: Entry, group: Group) -> None:
+def split_of(
+    x: Matrix, group: Group, projection: Coordinates, first: Tensor, second: Tensor | None = None
+) -> Split | None:
+    """A matrix in a split step by the moments of its kept coordinates, or by their direction alone; None where the
+    compiled op does not take it, or what changes from step to step is not to be compiled in."""
+    if isinstance(x.step, Tensor):
+        return None
+    members, view = math.prod(x.view.lead), x.view
+    split = Split(
+        x.p,
+        x.p if x.gradient is None else x.gradient,  # which outer="none" does not read
+        (members, 1, view.rows) if projection.axis == "entries" else (members, view.rows, view.columns),
+        x.state[projection.key],
+        first,
+        second,
+        1 if second is None else float(x.age),
+        rounding(x, group),
+        moment_keys([x], [first])[0] if second is not None and first.dtype in LOW_PRECISION else None,
+    )
+    return split if takes_split(split) else None
+
+
+def _rule(group: Group, projection: Coordinates | None) -> SplitRule:
+    """What a split step does; without a projection nothing is kept."""
+    step = group["lr"] * group["scale"]
+    return SplitRule(
+        columns=projection is not None and projection.axis != "rows",
+        outer=group["outer"],
+        decay=1 - group["lr"] * group["weight_decay"],
+        step=step,
+        outside=step * group["outer_scale"] * (-1 if group["maximize"] else 1),
+        betas=group["betas"],
+        eps=group["eps"],
+        maximize=group["maximize"],
+    )
+
+
+def outer_steps_(entries: list[Entry], group: Group) -> None:
     """W <- (1 - lr wd) W - lr s c outer(G)."""
+    splits: list[Split] = []
+    for x in entries:
+        view, how = _plain(x, group), rounding(x, group)
+        index, direction = nothing(x.p.device)
+        shape = (math.prod(view.lead), view.rows, view.columns)
+        split = Split(x.p, x.grad, shape, index, direction, rounding=how)
+        if not isinstance(x.step, Tensor) and takes_split(split):
+            splits.append(split)
+        elif (edit := _outside(x, group)) is not None:
+            rewrite_(x.p, view, edit, compute_dtype(x.p.dtype), how)
+    if splits:
+        split_(splits, _rule(group, None))
+
+
+def _plain(x: Entry, group: Group) -> MatrixView:
+    return matrix_view(tuple(x.p.shape), "left", group["batch_dims"])
+
+
+@lru_cache(maxsize=64)
+def nothing(device: torch.device) -> tuple[Tensor, Tensor]:
+    """No index, and no direction."""
+    return torch.empty(0, dtype=torch.int32, device=device), torch.empty(0, device=device)
+
+
+def _outside(x: Entry, group: Group) -> Callable[[Tensor, int, slice], object] | None:
+    """The outer rule and the decay of some rows of a weight, as `rewrite_` calls it; None where nothing happens."""
     lr = group["lr"]
     step = lr * group["scale"] * group["outer_scale"] * (-1 if group["maximize"] else 1)
-    view = matrix_view(tuple(x.p.shape), "left", group["batch_dims"])
-    gradients = view.members(x.grad)
+    if group["outer"] == "none" and not group["weight_decay"]:
+        return None
+    gradients = _plain(x, group).members(x.grad) if group["outer"] != "none" else []
 
     def edit(w: Tensor, j: int, s: slice) -> None:
         if group["weight_decay"]:
@@ -406,7 +492,7 @@ def outer_step_(x: Entry, group: Group) -> None:
             g = gradients[j][s].to(w.dtype).reshape(w.shape)
             w.sub_(g.sign().mul_(step) if group["outer"] == "sign" else g * step)
 
-    rewrite_(x.p, view, edit, compute_dtype(x.p.dtype), rounding(x, group))
+    return edit
 
 
 def split_step_(x: Matrix, basis: Tensor, r: Tensor, u: Tensor, group: Group) -> None:

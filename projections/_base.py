@@ -208,7 +208,7 @@ class DenseProjection(Projection):
         rounding: Rounding = NEAREST,
     ) -> None:
         """W <- beta W + alpha Q U, in place and without a temporary of W's size."""
-        if view.lead and p.dtype == basis.dtype and (w := matrix_in_place(p, view)) is not None:
+        if p.dtype == basis.dtype and (w := matrix_in_place(p, view)) is not None:
             a, b = (u.mT, basis.mT) if view.transposed else (basis, u)
             addmm_(w, a, b, beta=beta, alpha=alpha)
             return

@@ -1,7 +1,7 @@
 """Coordinates: keep some rows, columns or entries of the gradient as they are."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -13,7 +13,7 @@ from slimstate.ops import counter_key
 from ._base import IndexProjection, compute_dtype, matrix_in_place, rewrite_
 from ._matrix import MatrixView, matrix_view
 from ._numbers import Number
-from ._rounding import NEAREST, Rounding, narrow_, widen
+from ._rounding import NEAREST, Rounding, widen
 
 __all__ = ["Coordinates"]
 
@@ -99,37 +99,56 @@ class Coordinates(IndexProjection):
         rows = [(x.mT if view.transposed else x).reshape(-1, view.k) for x in rows]
         return torch.stack(rows) if view.lead else rows[0]
 
-    def put_(self, p: Tensor, view: MatrixView, basis: Tensor, rows: Tensor, rounding: Rounding = NEAREST) -> None:
-        """Writes the chosen rows (r x k, or a stack of them) of a parameter.
+    def rewrite_(
+        self,
+        p: Tensor,
+        view: MatrixView,
+        basis: Tensor,
+        rows: Tensor,
+        edit: Callable[[Tensor, int, slice], object] | None,
+        rounding: Rounding = NEAREST,
+        *,
+        whole: bool = False,
+    ) -> None:
+        """Gives the chosen rows of a parameter new values, and all others what `edit` makes of them.
 
         Args:
             p: the parameter, of any dtype and memory layout.
             view: how it is seen as M.
             basis: the indices (r,), or a stack of them.
-            rows: the new values, in float32 (float64 for float64).
-            rounding: how a low-precision weight is rounded.
+            rows: the new values (r x k, or a stack of them), in float32 (float64 for float64).
+            edit: as `rewrite_` of the base calls it, with rows of the parameter as stored; None leaves them alone.
+            rounding: how a low-precision weight is rounded, each entry by its own place.
+            whole: as of the base's.
         """
-        if rows.dtype == p.dtype:
-            self._put_(p, view, basis, rows)
-            return
-        values = torch.empty_like(rows, dtype=p.dtype)
-        low = None if rounding.low is None else torch.empty_like(rows, dtype=torch.int16)
-        # With bits that no entry of the parameter takes by its own place.
-        narrow_(values, rows, Rounding(rounding.key, low), offset=p.numel())
-        self._put_(p, view, basis, values)
-        if rounding.low is not None and low is not None:
-            self._put_(rounding.low, view, basis, low)
-
-    def _put_(self, p: Tensor, view: MatrixView, basis: Tensor, values: Tensor) -> None:
-        values = values.mT if view.transposed else values
-        if (w := matrix_in_place(p, view)) is not None:
+        plain = matrix_view(view.shape, "left", view.batch_dims)
+        w = matrix_in_place(p, view) if p.dtype == rows.dtype else None
+        if w is not None:
+            if edit is not None:
+                rewrite_(p, plain, edit, rows.dtype, rounding, whole=whole)
+            values = rows.mT if view.transposed else rows
             each = zip(w, basis.long(), values, strict=True) if view.lead else [(w, basis.long(), values)]
             for member, index, x in each:
                 member.index_copy_(int(view.transposed), index, x)
             return
-        for (member, place), x in zip(self._places(p, view, basis), values if view.lead else [values], strict=True):
-            shape = (-1, *member.shape[1:]) if self.axis == "rows" else (view.rows, -1) if view.transposed else (-1,)
-            member[place] = x.reshape(shape)
+
+        def both(w: Tensor, j: int, s: slice) -> None:
+            if edit is not None:
+                edit(w, j, s)
+            self._lay_(w, s, *((basis[j], rows[j]) if view.lead else (basis, rows)))
+
+        rewrite_(p, plain, both, rows.dtype, rounding)
+
+    def _lay_(self, w: Tensor, s: slice, index: Tensor, rows: Tensor) -> None:
+        """Puts those of the chosen rows into W that are in its rows `s`, which are given."""
+        if self.axis == "columns":
+            w.index_copy_(1, index.long(), rows.mT[s])
+            return
+        w = w.view(-1, rows.shape[1])  # of entries, and of rows
+        first = s.start * (w.shape[0] // (s.stop - s.start))
+        own = torch.arange(first, first + len(w), dtype=index.dtype, device=index.device)
+        place = torch.searchsorted(index, own).clamp_(max=len(index) - 1)
+        w.copy_(torch.where((index[place] == own)[:, None], rows[place], w))
 
     def write_back_(
         self,
@@ -144,10 +163,9 @@ class Coordinates(IndexProjection):
     ) -> None:
         """W <- beta W + alpha Q U, in place and without a temporary of W's size."""
         rows = self.take(p, view, basis, rounding.low).mul_(beta).add_(u * alpha)
-        if isinstance(beta, Tensor) or beta != 1:
-            plain = matrix_view(view.shape, "left", view.batch_dims)
-            rewrite_(p, plain, lambda w, j, s: w.mul_(beta), u.dtype, rounding, whole=True)
-        self.put_(p, view, basis, rows, rounding)
+        decays = isinstance(beta, Tensor) or beta != 1
+        edit = (lambda w, j, s: w.mul_(beta)) if decays else None
+        self.rewrite_(p, view, basis, rows, edit, rounding, whole=True)
 
     def _places(self, p: Tensor, view: MatrixView, basis: Tensor) -> Iterator[tuple[Tensor, tuple[Any, ...]]]:
         """For memory without a view as matrices: the members of a stack in the parameter's own shape, and where the

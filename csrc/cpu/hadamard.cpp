@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cmath>
@@ -11,11 +10,15 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <optional>
+#include <unordered_map>
 #include <vector>
 
+#include "adam.h"
 #include "checks.h"
 #include "cpu/clones.h"
-#include "rounding.h"
+#include "cpu/runs.h"
+#include "weights.h"
 
 using slimstate::butterflies;
 using slimstate::HadamardBlock;
@@ -389,6 +392,23 @@ void hadamard_scores_(Tensor scores, Tensor m, std::optional<Tensor> scale, int6
 
 // --------------------------------------------------------------------------------------------------------- down
 
+// Indices must be in order, for only then each is found in its block.
+void check_order(const Tensor& index, int64_t d) {
+  const auto* p = static_cast<const int32_t*>(index.const_data_ptr());
+  for (int64_t i = 0; i < index.numel(); ++i) {
+    STD_TORCH_CHECK(p[i] >= (i == 0 ? 0 : p[i - 1]) && p[i] < d, "hadamard: indices must be sorted, from 0 to ", d - 1);
+  }
+}
+
+template <bool transposed>
+SLIMSTATE_CLONES void transform_tile(float* tile, HadamardBlock block, Columns<transposed> columns) {
+  transform(tile, block.bits, columns);
+}
+
+INLINE void zero_rows(float* tile, HadamardBlock block, int32_t begin, int32_t end) {
+  for (int64_t i = begin - block.start; i < end - block.start; ++i) std::fill_n(tile + at(i), width, 0.0F);
+}
+
 template <bool transposed>
 SLIMSTATE_CLONES void down_tile(
     float* tile, HadamardBlock block, Columns<transposed> columns, Matrix<float> r, const int32_t* begin,
@@ -435,6 +455,7 @@ void down_all(const Matrix<float>& r, const Matrix<const float>& m, const int32_
 
 void hadamard_down_(Tensor r, Tensor m, Tensor index) {
   slimstate::check_hadamard_down(r, m, index);
+  check_order(index, m.size(0));
   const auto from = matrix(m, static_cast<const float*>(m.const_data_ptr()));
   const auto down = from.columns == 1 ? down_all<false> : down_all<true>;
   down(matrix(r, static_cast<float*>(r.mutable_data_ptr())), from, static_cast<const int32_t*>(index.const_data_ptr()));
@@ -442,102 +463,73 @@ void hadamard_down_(Tensor r, Tensor m, Tensor index) {
 
 // --------------------------------------------------------------------------------------------------- write-back
 
-// What W becomes, and where W is of low precision, how it is rounded: to nearest, or at random.
+// What W becomes, and what it is rounded by where it is of low precision.
 struct Update {
   float alpha, beta;
-  bool random;
   slimstate::Key key;
   uint64_t offset;
   slimstate::Place place;
 };
 
-// A weight in memory, as float32.
-INLINE float widen(slimstate::BFloat16, uint16_t x) {
-  const uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float y;
-  memcpy(&y, &bits, sizeof y);
-  return y;
-}
-
-INLINE float widen(slimstate::Half, uint16_t x) { return torch::headeronly::detail::fp16_ieee_to_fp32_value(x); }
-
-INLINE uint16_t nearest(slimstate::BFloat16, float x) {
-  const uint32_t bits = slimstate::float_bits(x);
-  return static_cast<uint16_t>(x != x ? 0x7fc0U : (bits + 0x7fffU + (bits >> 16 & 1U)) >> 16);
-}
-
-INLINE uint16_t nearest(slimstate::Half, float x) { return torch::headeronly::detail::fp16_ieee_from_fp32_value(x); }
-
 // w <- beta w + alpha x for `count` weights that are neighbours in memory, the first of which is number `first` of W.
-struct Float32 {
-  using Stored = float;
-  static INLINE void update(float* w, const float* x, int64_t count, float after, const Update& how, int64_t) {
-    for (int64_t i = 0; i < count; ++i) w[i] = w[i] * how.beta + x[i] * after * how.alpha;
-  }
-};
-
-template <typename Format>
-struct Rounded {
-  using Stored = uint16_t;
-  static INLINE void update(
-      uint16_t* w, const float* x, int64_t count, float after, const Update& how, int64_t first) {
-    if (!how.random) {
-      for (int64_t i = 0; i < count; ++i) {
-        w[i] = nearest(Format{}, widen(Format{}, w[i]) * how.beta + x[i] * after * how.alpha);
-      }
-      return;
+template <typename Weight>
+INLINE void update(
+    typename Weight::Bits* w, const float* x, int64_t count, float after, const Update& how, int64_t first) {
+  const auto run = [&](int64_t begin, int64_t own, uint64_t index) __attribute__((always_inline)) {
+    for (int64_t i = begin; i < begin + own; ++i) {
+      int16_t rest = 0;
+      const float y = Weight::widen(w[i], rest) * how.beta + x[i] * after * how.alpha;
+      const uint64_t place = index + static_cast<uint64_t>(i - begin);
+      w[i] = Weight::narrow(y, Weight::random ? slimstate::random_bits(how.key, place) : 0, rest);
     }
-    for (int64_t begin = 0; begin < count;) {
-      const uint64_t number = how.offset + static_cast<uint64_t>(first + begin);
-      const auto rest = how.place.width - number % how.place.width, index = how.place.index(number);
-      const int64_t end = begin + static_cast<int64_t>(std::min(static_cast<uint64_t>(count - begin), rest));
-      for (int64_t i = begin; i < end; ++i) {
-        const float y = widen(Format{}, w[i]) * how.beta + x[i] * after * how.alpha;
-        w[i] = Format::round(y, slimstate::random_bits(how.key, index + static_cast<uint64_t>(i - begin)));
-      }
-      begin = end;
-    }
+  };
+  if constexpr (Weight::random) {
+    slimstate::stretches(how.place, how.offset + static_cast<uint64_t>(first), count, run);
+  } else {
+    run(0, count, 0);
   }
-};
+}
 
+// Adds the columns of a tile to the weight's.
 template <typename Weight, bool transposed>
-SLIMSTATE_CLONES void write_tile(float* tile, Spread source, Matrix<typename Weight::Stored> w, Update how) {
-  const HadamardBlock block = source.block;
+SLIMSTATE_CLONES void write_tile(const float* tile, HadamardBlock block, int64_t c, int64_t columns,
+                                 Matrix<typename Weight::Bits> w, Update how) {
   const float after = block.after();
-  transform(tile, block.bits, source);
   if (!transposed) {
     for (int64_t i = 0; i < block.size; ++i) {
       const int64_t row = block.start + i;
-      typename Weight::Stored* p = w.element(row, source.c);
-      prefetch(p + width);
-      Weight::update(p, tile + at(i), source.columns, after, how, row * w.k + source.c);
+      prefetch(w.element(row, c + width));
+      update<Weight>(w.element(row, c), tile + at(i), columns, after, how, row * w.k + c);
     }
     return;
   }
   alignas(64) float lines[4 * run];
   for (int64_t i = 0; i < block.size; i += run) {
     const int64_t count = std::min(run, block.size - i), row = block.start + i;
-    for (int64_t j = 0; j < source.columns; j += 4) {
-      const int64_t some = std::min<int64_t>(4, source.columns - j);
+    for (int64_t j = 0; j < columns; j += 4) {
+      const int64_t some = std::min<int64_t>(4, columns - j);
       transpose_into(lines, run, tile + at(i) + j, width, count, some, 1.0F);
       for (int64_t q = 0; q < some; ++q) {
-        const int64_t c = source.c + j + q;
-        for (int64_t i = 0; i < count; i += 16) prefetch(w.element(row + i, c + width));
-        Weight::update(w.element(row, c), lines + q * run, count, after, how, c * w.d + row);
+        const int64_t column = c + j + q;
+        for (int64_t i = 0; i < count; i += 16) prefetch(w.element(row + i, column + width));
+        update<Weight>(w.element(row, column), lines + q * run, count, after, how, column * w.d + row);
       }
     }
   }
 }
 
+SLIMSTATE_CLONES void spread_tile(float* tile, Spread source) { transform(tile, source.block.bits, source); }
+
 template <typename Weight>
 void write_all(const Tensor& w, const Tensor& index, const Tensor& u, const Update& how) {
-  const auto to = matrix(w, static_cast<typename Weight::Stored*>(w.mutable_data_ptr()));
+  const auto to = matrix(w, static_cast<typename Weight::Bits*>(w.mutable_data_ptr()));
   const auto from = matrix(u, static_cast<const float*>(u.const_data_ptr()));
   const auto* origin = static_cast<const int32_t*>(index.const_data_ptr());
   const auto write = to.columns == 1 ? write_tile<Weight, false> : write_tile<Weight, true>;
   for_each_tile(to.d, to.k, origin, index.numel(), [&](float* tile, HadamardBlock block, const int32_t* first,
                                                        const int32_t* last, int64_t c, int64_t columns) {
-    write(tile, {block, first, last, origin, from, c, columns}, to, how);
+    spread_tile(tile, {block, first, last, origin, from, c, columns});
+    write(tile, block, c, columns, to, how);
   });
 }
 
@@ -546,12 +538,151 @@ void hadamard_write_back_(
     int64_t start, int64_t width, int64_t pitch) {
   using torch::headeronly::ScalarType;
   slimstate::check_hadamard_write_back(w, index, u, width);
-  const Update how{static_cast<float>(alpha), static_cast<float>(beta), random,
+  check_order(index, w.size(0));
+  const Update how{static_cast<float>(alpha), static_cast<float>(beta),
                    slimstate::expand_key(static_cast<uint64_t>(key)), static_cast<uint64_t>(offset),
                    {static_cast<uint64_t>(start), static_cast<uint64_t>(width), static_cast<uint64_t>(pitch)}};
-  if (w.scalar_type() == ScalarType::Float) write_all<Float32>(w, index, u, how);
-  if (w.scalar_type() == ScalarType::BFloat16) write_all<Rounded<slimstate::BFloat16>>(w, index, u, how);
-  if (w.scalar_type() == ScalarType::Half) write_all<Rounded<slimstate::Half>>(w, index, u, how);
+  if (w.scalar_type() == ScalarType::Float) {
+    write_all<slimstate::Float32Weight>(w, index, u, how);
+  } else if (w.scalar_type() == ScalarType::BFloat16) {
+    (random ? write_all<slimstate::BFloat16Stochastic> : write_all<slimstate::BFloat16Nearest>)(w, index, u, how);
+  } else {
+    (random ? write_all<slimstate::HalfStochastic> : write_all<slimstate::HalfNearest>)(w, index, u, how);
+  }
+}
+
+// --------------------------------------------------------------------------------------------------- whole step
+
+// A row of the moments: where its new place is, where it was before (-1: it is new), and its corrections.
+struct Row {
+  int64_t to, from;
+  slimstate::Bias bias;
+};
+
+// The rows in an order in which each is read before its place is taken: those that move towards the first from there,
+// those that move away from the last, and those that are new, whose places others may have left, at the end. Both lists
+// are sorted, so that none of the first two groups crosses the other.
+std::vector<Row> carried(const int32_t* old, const int32_t* chosen, int32_t* ages, int64_t rank, bool carry) {
+  std::vector<Row> nearer, farther, fresh;
+  nearer.reserve(static_cast<size_t>(rank));
+  std::vector<int32_t> before(ages, ages + rank);
+  for (int64_t i = 0, j = 0; i < rank; ++i) {
+    if (carry) {
+      while (j < rank && old[j] < chosen[i]) ++j;
+    } else {
+      j = i;
+    }
+    const bool kept = !carry || (j < rank && old[j] == chosen[i]);
+    ages[i] = (kept ? before[static_cast<size_t>(j)] : 0) + 1;
+    (!kept ? fresh : j >= i ? nearer : farther).push_back({i, kept ? j : -1, {}});
+  }
+  nearer.insert(nearer.end(), farther.rbegin(), farther.rend());
+  nearer.insert(nearer.end(), fresh.begin(), fresh.end());
+  return nearer;
+}
+
+// A whole tile as a source: what it holds already.
+struct InPlace {
+  INLINE void rows(float* tile, int64_t i, int64_t count, int bits) const { sweep(tile, i, count, 1, bits); }
+};
+
+struct Moments {
+  Matrix<float> m, v;
+  const Row* rows;
+  slimstate::Adam adam;
+};
+
+// Turns S into the tile of U: Adam's directions in the chosen rows, zeros elsewhere. Rows in [begin, end) of the list.
+SLIMSTATE_CLONES void adam_tile(float* tile, const float* scales, const int32_t* chosen, Moments moments, int64_t c,
+                                int64_t columns) {
+  const int64_t rank = moments.m.d;
+  for (const Row* row = moments.rows; row != moments.rows + rank; ++row) {
+    float* x = tile + at(chosen[row->to]);
+    float *m = moments.m.element(row->to, c), *v = moments.v.element(row->to, c);
+    const float *old_m = m + (row->from - row->to) * moments.m.rows, *old_v = v + (row->from - row->to) * moments.v.rows;
+    const float after = scales[2 * row->to], before = scales[2 * row->to + 1];
+    const slimstate::Bias bias = row->bias;
+    alignas(64) float mean[width] = {}, square[width] = {};
+    if (row->from >= 0) {
+      std::copy_n(old_m, columns, mean);
+      std::copy_n(old_v, columns, square);
+    }
+    for (int64_t j = 0; j < width; ++j) {
+      x[j] = slimstate::adam_direction(moments.adam, bias, x[j] * after, mean[j], square[j]) * before;
+    }
+    std::copy_n(mean, columns, m);
+    std::copy_n(square, columns, v);
+  }
+}
+
+SLIMSTATE_CLONES void inverse_tile(float* tile, HadamardBlock block, const int32_t* begin, const int32_t* end) {
+  auto row = static_cast<int32_t>(block.start);
+  for (const int32_t* j = begin; j != end; ++j) {
+    zero_rows(tile, block, row, *j);
+    row = *j + 1;
+  }
+  zero_rows(tile, block, row, static_cast<int32_t>(block.start + block.size));
+  transform(tile, block.bits, InPlace{});
+}
+
+void hadamard_adam_(Tensor w, Tensor g, Tensor exp_avg, Tensor exp_avg_sq, Tensor ages, Tensor index, Tensor chosen,
+                    bool carry, double alpha, double beta, double beta1, double beta2, double eps, bool maximize) {
+  slimstate::check_hadamard_adam(w, g, exp_avg, exp_avg_sq, ages, index, chosen);
+  const auto to = matrix(w, static_cast<float*>(w.mutable_data_ptr()));
+  const auto from = matrix(g, static_cast<const float*>(g.const_data_ptr()));
+  auto *old = static_cast<int32_t*>(index.mutable_data_ptr()), *age = static_cast<int32_t*>(ages.mutable_data_ptr());
+  const auto* now = static_cast<const int32_t*>(chosen.const_data_ptr());
+  const int64_t rank = index.numel(), d = to.d;
+  check_order(index, d);
+  check_order(chosen, d);
+
+  std::vector<Row> rows = carried(old, now, age, rank, carry);
+  std::unordered_map<int32_t, slimstate::Bias> biases;
+  for (Row& row : rows) {
+    const auto [found, is_new] = biases.try_emplace(age[row.to]);
+    if (is_new) found->second = slimstate::bias_of(age[row.to], beta1, beta2, maximize);
+    row.bias = found->second;
+  }
+  std::copy_n(now, rank, old);
+  std::vector<float> scales(static_cast<size_t>(2 * rank));
+  slimstate::for_each_block(d, [&](HadamardBlock block) {
+    for (int64_t i = 0; i < rank; ++i) {
+      if (now[i] < block.start || now[i] >= block.start + block.size) continue;
+      scales[static_cast<size_t>(2 * i)] = block.after();
+      scales[static_cast<size_t>(2 * i + 1)] = block.before();
+    }
+  });
+  const Moments moments{matrix(exp_avg, static_cast<float*>(exp_avg.mutable_data_ptr())),
+                        matrix(exp_avg_sq, static_cast<float*>(exp_avg_sq.mutable_data_ptr())), rows.data(),
+                        slimstate::Adam(beta1, beta2, eps)};
+  const Update how{static_cast<float>(alpha), static_cast<float>(beta), {}, 0, {}};
+  const bool columnwise = from.columns != 1;
+  const auto write =
+      to.columns == 1 ? write_tile<slimstate::Float32Weight, false> : write_tile<slimstate::Float32Weight, true>;
+  const int64_t tiles = (to.k + width - 1) / width, grain = std::max<int64_t>(1, (1 << 15) / (d * width));
+  torch::stable::parallel_for(0, tiles, grain, [&](int64_t first, int64_t last) {
+    const Buffer buffered = buffer(at(d));
+    float* tile = buffered.get();
+    for (int64_t c = first * width; c < std::min(to.k, last * width); c += width) {
+      const int64_t columns = std::min(width, to.k - c);
+      slimstate::for_each_block(d, [&](HadamardBlock block) {
+        float* part = tile + at(block.start);
+        if (columnwise) {
+          transform_tile<true>(part, block, {from, block.start, c, columns, block.before()});
+        } else {
+          transform_tile<false>(part, block, {from, block.start, c, columns, block.before()});
+        }
+      });
+      adam_tile(tile, scales.data(), now, moments, c, columns);
+      slimstate::for_each_block(d, [&](HadamardBlock block) {
+        const int32_t* begin = std::lower_bound(now, now + rank, static_cast<int32_t>(block.start));
+        const int32_t* end = std::lower_bound(begin, now + rank, static_cast<int32_t>(block.start + block.size));
+        float* part = tile + at(block.start);
+        inverse_tile(part, block, begin, end);
+        write(part, block, c, columns, to, how);
+      });
+    }
+  });
 }
 
 }  // namespace
@@ -560,4 +691,5 @@ STABLE_TORCH_LIBRARY_IMPL(slimstate, CPU, m) {
   m.impl("hadamard_scores_", TORCH_BOX(&hadamard_scores_));
   m.impl("hadamard_down_", TORCH_BOX(&hadamard_down_));
   m.impl("hadamard_write_back_", TORCH_BOX(&hadamard_write_back_));
+  m.impl("hadamard_adam_", TORCH_BOX(&hadamard_adam_));
 }

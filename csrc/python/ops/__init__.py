@@ -17,8 +17,10 @@ from .hadamard import (
     hadamard_write_back_,
     hadamard_write_back_reference_,
 )
+from .directions import adam_direction_reference_, adam_directions_
 from .keys import WHOLE, Key, PartKey, Place, counter_key
 from .rounding import stochastic_round_, stochastic_round_reference_
+from .split import Split, SplitRule, split_, takes_split
 
 __all__ = [
     "COMPILED",
@@ -27,6 +29,10 @@ __all__ = [
     "Key",
     "PartKey",
     "Place",
+    "Split",
+    "SplitRule",
+    "adam_direction_reference_",
+    "adam_directions_",
     "counter_key",
     "hadamard_down",
     "hadamard_down_reference",
@@ -34,6 +40,8 @@ __all__ = [
     "hadamard_scores_reference",
     "hadamard_write_back_",
     "hadamard_write_back_reference_",
+    "split_",
     "stochastic_round_",
     "stochastic_round_reference_",
+    "takes_split",
 ]
