@@ -8,21 +8,23 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from slimstate.ops import PartKey
+from slimstate.ops import PartKey, carry_, hadamard_adam_
+from slimstate.ops.hadamard import takes_hadamard_adam
 from slimstate.projections import DCT, Hadamard, Projection
-from slimstate.projections._base import compute_dtype
-from slimstate.projections._blocks import blocks, largest_magnitude
+from slimstate.projections._base import compute_dtype, matrix_in_place
+from slimstate.projections._blocks import largest_magnitude
 from slimstate.projections._dictionary import Columns, FixedDictionary, SomeRows
 
 from ._adam import adam_directions, rounding, store_
 from ._base import Group, Spec, refuse
-from ._projected import DEFAULT_RANK, Matrix, ProjectedOptimizer, Task, counts_apart, tasks_of
+from ._projected import DEFAULT_RANK, Arranged, Matrix, ProjectedOptimizer, Task, counts_apart, tasks_of
 from ._quantize import LEVELS, codes_shape, decode, encode
 from ._sharding import Part, total_
 
 __all__ = ["DCTAdamW"]
 
 ERROR_FEEDBACK = (None, "param", *LEVELS)
+STEPPED = ("exp_avg", "exp_avg_sq", "ages", "index")
 ERROR = 5  # purpose of random bits, after `_projected`'s
 
 
@@ -298,6 +300,47 @@ class DCTAdamW(ProjectedOptimizer):
             rs.append(r)
         return (torch.stack(rs) if matrix.view.lead else rs[0],)
 
+    def _step_group(self, group: Group, entries: Arranged) -> None:
+        """Matrices that an op steps whole go one after another; the others as in every projected optimizer."""
+        rest = []
+        for some, projection in entries.matrices:
+            others = [x for x in some if not self._step_whole_(x, group, projection)]
+            rest += [(others, projection)] if others else []
+        super()._step_group(group, Arranged(entries.dense, rest))
+
+    def _step_whole_(self, matrix: Matrix, group: Group, projection: Projection) -> bool:
+        """The step of a matrix in one pass over it after the choice of J; False where no op does that."""
+        if (
+            not isinstance(projection, Hadamard)
+            or matrix.gradient is None
+            or matrix.part is not None
+            or isinstance(matrix.step, Tensor)
+            or group["error_feedback"] is not None
+        ):
+            return False
+        view, state = matrix.view, matrix.state
+        w, m = matrix_in_place(matrix.p, view), matrix.m
+        if w is None:
+            return False
+        w = w.mT if view.transposed else w
+        for j in range(math.prod(view.lead)):
+            one = matrix.member(w, j), matrix.member(m, j), *(matrix.member(state[key], j) for key in STEPPED)
+            if not takes_hadamard_adam(*one):
+                return False
+            index = one[-1]
+            chosen = projection.chosen(Columns(one[1]), index) if group["update_proj_gap"] == 1 else index
+            hadamard_adam_(
+                *one,
+                chosen,
+                carry=group["update_proj_gap"] == 1 and group["transport"] == "rotate",
+                alpha=group["lr"] * group["scale"],
+                beta=1 - group["lr"] * group["weight_decay"],
+                betas=group["betas"],
+                eps=group["eps"],
+                maximize=group["maximize"],
+            )
+        return True
+
     def _update(
         self, matrices: list[Matrix], reduced: list[tuple[Tensor, ...]], group: Group, projection: Projection
     ) -> None:
@@ -355,14 +398,3 @@ class DCTAdamW(ProjectedOptimizer):
 def _is_divided(matrix: Matrix) -> bool:
     """Whether the scores of its columns are sums over processes."""
     return matrix.part is not None and matrix.part.divides("dk")
-
-
-def carry_(moments: list[Tensor], ages: Tensor, old: Tensor, new: Tensor) -> None:
-    """Gives the rows of the moments (r x k) and their ages (r,) to the columns `new` that were chosen as `old` before,
-    both sorted; rows of columns that were not become zeros of age 0."""
-    place = torch.searchsorted(old, new).clamp_(max=len(old) - 1)
-    fresh = old.index_select(0, place) != new
-    ages.copy_(ages.index_select(0, place).masked_fill_(fresh, 0))
-    for moment in moments:
-        for s in blocks(moment, 1, moment.itemsize):
-            moment[:, s] = moment[:, s].index_select(0, place).masked_fill_(fresh[:, None], 0)

@@ -12,10 +12,10 @@ from slimstate.ops import DEVICES
 from slimstate.ops.hadamard import (
     hadamard_down,
     hadamard_scores,
-    hadamard_takes,
     hadamard_transform_reference,
     hadamard_write_back_,
     powers_of_two,
+    takes_hadamard,
 )
 
 from ._base import matrix_in_place
@@ -63,13 +63,13 @@ class Hadamard(FixedDictionary):
     """
 
     def _transform(self, x: Tensor) -> Tensor:
-        return hadamard_down(x, every_row(x)) if hadamard_takes(x) else hadamard_transform_reference(x)
+        return hadamard_down(x, every_row(x)) if takes_hadamard(x) else hadamard_transform_reference(x)
 
     def _inverse(self, x: Tensor) -> Tensor:
         return self._transform(x)
 
     def _measured(self, a: Columns) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        if a.added is not None or not hadamard_takes(a.m):
+        if a.added is not None or not takes_hadamard(a.m):
             return super()._measured(a)
         return hadamard_scores(a.m, self.norm), partial(self.coefficients, a)
 
@@ -77,7 +77,7 @@ class Hadamard(FixedDictionary):
         """R = Q_J^T A (r x k), by the transform, or by a product with few rows where no op is compiled."""
         if a.m.device.type not in DEVICES or a.m.dtype == torch.float64:
             return super().coefficients(a, index)
-        if a.added is None and hadamard_takes(a.m):
+        if a.added is None and takes_hadamard(a.m):
             return hadamard_down(a.m, index)
         r = torch.empty(len(index), a.m.shape[1], device=a.m.device)
         for s in a.blocks():
@@ -108,7 +108,7 @@ class Hadamard(FixedDictionary):
         m = w if w is None or not view.transposed else w.mT
         members = [] if m is None else list(m) if view.lead else [m]
         in_order = p.dtype == torch.float32 or p.is_contiguous()  # random bits go by the place in the weight
-        if not members or not in_order or not hadamard_takes(members[0], weight=True):
+        if not members or not in_order or not takes_hadamard(members[0], weight=True):
             super().write_back_(p, view, basis, u, alpha=alpha, beta=beta, rounding=rounding)
             return
         for j, target in enumerate(members):

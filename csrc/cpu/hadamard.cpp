@@ -586,6 +586,15 @@ struct InPlace {
   INLINE void rows(float* tile, int64_t i, int64_t count, int bits) const { sweep(tile, i, count, 1, bits); }
 };
 
+// Up to `width` floats; no call for as many.
+INLINE void copy(float* to, const float* from, int64_t count) {
+  if (count == width) {
+    memcpy(to, from, width * sizeof(float));
+  } else {
+    std::copy_n(from, count, to);
+  }
+}
+
 struct Moments {
   Matrix<float> m, v;
   const Row* rows;
@@ -601,17 +610,19 @@ SLIMSTATE_CLONES void adam_tile(float* tile, const float* scales, const int32_t*
     float *m = moments.m.element(row->to, c), *v = moments.v.element(row->to, c);
     const float *old_m = m + (row->from - row->to) * moments.m.rows, *old_v = v + (row->from - row->to) * moments.v.rows;
     const float after = scales[2 * row->to], before = scales[2 * row->to + 1];
+    prefetch(m + width);
+    prefetch(v + width);
     const slimstate::Bias bias = row->bias;
     alignas(64) float mean[width] = {}, square[width] = {};
     if (row->from >= 0) {
-      std::copy_n(old_m, columns, mean);
-      std::copy_n(old_v, columns, square);
+      copy(mean, old_m, columns);
+      copy(square, old_v, columns);
     }
     for (int64_t j = 0; j < width; ++j) {
       x[j] = slimstate::adam_direction(moments.adam, bias, x[j] * after, mean[j], square[j]) * before;
     }
-    std::copy_n(mean, columns, m);
-    std::copy_n(square, columns, v);
+    copy(m, mean, columns);
+    copy(v, square, columns);
   }
 }
 

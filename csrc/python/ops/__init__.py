@@ -9,7 +9,11 @@ reference and fuses it, which an opaque op would prevent.
 """
 
 from ._compiled import COMPILED, DEVICES
+from .directions import adam_direction_reference_, adam_directions_
 from .hadamard import (
+    carry_,
+    hadamard_adam_,
+    hadamard_adam_reference_,
     hadamard_down,
     hadamard_down_reference,
     hadamard_scores,
@@ -17,7 +21,6 @@ from .hadamard import (
     hadamard_write_back_,
     hadamard_write_back_reference_,
 )
-from .directions import adam_direction_reference_, adam_directions_
 from .keys import WHOLE, Key, PartKey, Place, counter_key
 from .rounding import stochastic_round_, stochastic_round_reference_
 from .split import Split, SplitRule, split_, takes_split
@@ -33,7 +36,10 @@ __all__ = [
     "SplitRule",
     "adam_direction_reference_",
     "adam_directions_",
+    "carry_",
     "counter_key",
+    "hadamard_adam_",
+    "hadamard_adam_reference_",
     "hadamard_down",
     "hadamard_down_reference",
     "hadamard_scores",

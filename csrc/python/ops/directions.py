@@ -57,8 +57,7 @@ def adam_directions_(
     """
     if not len(rs) == len(exp_avgs) == len(exp_avg_sqs) == len(ages):
         raise ValueError(
-            "as many R, moments and ages needed, got "
-            f"{len(rs)}, {len(exp_avgs)}, {len(exp_avg_sqs)} and {len(ages)}"
+            f"as many R, moments and ages needed, got {len(rs)}, {len(exp_avgs)}, {len(exp_avg_sqs)} and {len(ages)}"
         )
     if keys and len(keys) != len(rs):
         raise ValueError(f"two keys for each of {len(rs)} matrices needed, got {len(keys)} pairs")

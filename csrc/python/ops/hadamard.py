@@ -2,28 +2,36 @@
 """The Walsh-Hadamard transform: norms of its rows, some of its rows, and back from them into a weight."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ._compiled import COMPILED, DEVICES
-from .keys import WHOLE, Key, PartKey, Place
+from ._samples import Sample
+from .directions import adam_directions_
+from .keys import WHOLE, Key, PartKey, Place, counter_key
 from .rounding import stochastic_round_
 
 __all__ = [
+    "carry_",
+    "hadamard_adam_",
+    "hadamard_adam_reference_",
     "hadamard_down",
     "hadamard_down_reference",
     "hadamard_scores",
     "hadamard_scores_reference",
-    "hadamard_takes",
     "hadamard_transform_reference",
     "hadamard_write_back_",
     "hadamard_write_back_reference_",
     "powers_of_two",
+    "takes_hadamard",
+    "takes_hadamard_adam",
 ]
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
+_BLOCK = 1 << 20  # elements
+_MOST_ROWS = 1 << 16  # a tile of 4 MiB
 
 
 def powers_of_two(d: int) -> list[tuple[int, int]]:
@@ -36,7 +44,7 @@ def powers_of_two(d: int) -> list[tuple[int, int]]:
     return cuts
 
 
-def hadamard_takes(m: Tensor, *, weight: bool = False) -> bool:
+def takes_hadamard(m: Tensor, *, weight: bool = False) -> bool:
     """Whether a compiled op runs on this matrix (d x k): float32 on a device that it was compiled for, with rows or
     columns contiguous; a weight also in bfloat16 or float16, without gaps.
 
@@ -50,6 +58,14 @@ def hadamard_takes(m: Tensor, *, weight: bool = False) -> bool:
     if m.dtype == torch.float32:
         return (column == 1 and row >= k) or (row == 1 and column >= d)
     return weight and m.dtype in _LOW_PRECISION and (row, column) in ((k, 1), (1, d))
+
+
+def takes_hadamard_adam(w: Tensor, g: Tensor, m: Tensor, v: Tensor, ages: Tensor, index: Tensor) -> bool:
+    """Whether :func:`hadamard_adam_` is compiled for these: on the CPU, float32, of at most 65536 rows."""
+    kept = all(x.dtype == torch.float32 and x.is_contiguous() for x in (m, v))
+    listed = ages.is_contiguous() and index.is_contiguous()
+    moved = w.device.type == "cpu" and w.dtype == torch.float32 and takes_hadamard(w) and takes_hadamard(g)
+    return moved and kept and listed and w.shape[0] <= _MOST_ROWS
 
 
 def hadamard_scores(m: Tensor, norm: int, scale: Tensor | None = None) -> Tensor:
@@ -74,7 +90,7 @@ def hadamard_scores(m: Tensor, norm: int, scale: Tensor | None = None) -> Tensor
     _check("m", m, (torch.float32,))
     if norm not in (1, 2):
         raise ValueError(f"norm must be 1 or 2, got {norm!r}")
-    if not hadamard_takes(m):
+    if not takes_hadamard(m):
         return hadamard_scores_reference(m, norm, scale)
     scores = m.new_empty(m.shape[0])
     torch.ops.slimstate.hadamard_scores_(scores, m, scale, norm)
@@ -98,7 +114,7 @@ def hadamard_down(m: Tensor, index: Tensor) -> Tensor:
     _check("m", m, (torch.float32,))
     if index.dtype != torch.int32:
         raise TypeError(f"index must be int32, got {index.dtype}")
-    if not hadamard_takes(m):
+    if not takes_hadamard(m):
         return hadamard_down_reference(m, index)
     r = m.new_empty(len(index), m.shape[1])
     torch.ops.slimstate.hadamard_down_(r, m, index)
@@ -147,7 +163,7 @@ def hadamard_write_back_(
         word = None if word is None else torch.as_tensor(word)
         torch.ops.slimstate.hadamard_write_back_keyed_(w, index, u, *numbers, word, offset, *place)
         return
-    if not hadamard_takes(w, weight=True):
+    if not takes_hadamard(w, weight=True):
         hadamard_write_back_reference_(w, index, u, alpha=alpha, beta=beta, key=key, offset=offset)
         return
     word, place = key if isinstance(key, PartKey) else (key, WHOLE)
@@ -174,6 +190,114 @@ def _(
     """One node of a compiled graph, whatever the numbers."""
     word = None if key is None else PartKey(int(key), Place(start, width, pitch))
     hadamard_write_back_(w, index, u, alpha=alpha.item(), beta=beta.item(), key=word, offset=offset)
+
+
+def hadamard_adam_(
+    w: Tensor,
+    g: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    ages: Tensor,
+    index: Tensor,
+    chosen: Tensor,
+    *,
+    carry: bool,
+    alpha: float,
+    beta: float,
+    betas: tuple[float, float],
+    eps: float,
+    maximize: bool = False,
+) -> None:
+    r"""The step of Adam in some columns of the Walsh-Hadamard matrix, in one pass over W, G and the moments:
+
+    .. math::
+        R = Q_J^\top G, \qquad W \leftarrow \beta W + \alpha\,Q_J U,
+
+    with U the directions of :func:`adam_directions_`, each row corrected by its own age. Equal bits to
+    :func:`carry_`, :func:`hadamard_down`, :func:`adam_directions_` and :func:`hadamard_write_back_` one after another.
+
+    Args:
+        w: W (d x k), float32, the columns or the rows contiguous.
+        g: G (d x k), likewise.
+        exp_avg: M (r x k), float32, contiguous.
+        exp_avg_sq: V, likewise.
+        ages: of each row (r,), int32; counts this step afterwards.
+        index: the rows of Q that the moments belong to (r,), int32, sorted; becomes `chosen`.
+        chosen: J (r,), int32, sorted.
+        carry: whether the moments of a row that stays in J move with it, and others begin at zero, of age 0; else they
+            stay where they are.
+        alpha: factor of the update.
+        beta: factor of the weight.
+        betas: decay rates of the moments.
+        eps: as in :func:`adam_directions_`.
+        maximize: turns U around.
+
+    Raises:
+        TypeError: a dtype is not one of these.
+        ValueError: the shapes do not fit.
+    """
+    (d, k), r = w.shape, len(index)
+    for name, x, shape in (
+        ("w", w, (d, k)),
+        ("g", g, (d, k)),
+        ("exp_avg", exp_avg, (r, k)),
+        ("exp_avg_sq", exp_avg_sq, (r, k)),
+    ):
+        _check(name, x, (torch.float32,))
+        if x.shape != shape:
+            raise ValueError(f"{name} must be of shape {shape}, got {tuple(x.shape)}")
+    for name, x in (("ages", ages), ("index", index), ("chosen", chosen)):
+        if x.dtype != torch.int32:
+            raise TypeError(f"{name} must be int32, got {x.dtype}")
+        if x.shape != (r,):
+            raise ValueError(f"{name} must be of shape {(r,)}, got {tuple(x.shape)}")
+    numbers = (carry, alpha, beta, *betas, eps, maximize)
+    changed = (w, exp_avg, exp_avg_sq, ages, index)
+    if not (takes_hadamard_adam(w, g, exp_avg, exp_avg_sq, ages, index) and chosen.is_contiguous()):
+        hadamard_adam_reference_(w, g, exp_avg, exp_avg_sq, ages, index, chosen, *numbers)
+        return
+    torch.ops.slimstate.hadamard_adam_(w, g, exp_avg, exp_avg_sq, ages, index, chosen, *numbers)
+    torch.autograd.graph.increment_version(changed)
+
+
+def carry_(moments: Sequence[Tensor], ages: Tensor, old: Tensor, new: Tensor) -> None:
+    """Gives the rows of the moments (r x k) and their ages (r,) to the columns `new` that were chosen as `old` before,
+    both sorted; rows of columns that were not become zeros of age 0."""
+    place = torch.searchsorted(old, new).clamp_(max=len(old) - 1)
+    fresh = old.index_select(0, place) != new
+    ages.copy_(ages.index_select(0, place).masked_fill_(fresh, 0))
+    for moment in moments:
+        step = max(1, _BLOCK // max(1, len(moment)))
+        for start in range(0, moment.shape[1], step):
+            s = slice(start, start + step)
+            moment[:, s] = moment[:, s].index_select(0, place).masked_fill_(fresh[:, None], 0)
+
+
+def hadamard_adam_reference_(
+    w: Tensor,
+    g: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    ages: Tensor,
+    index: Tensor,
+    chosen: Tensor,
+    carry: bool,
+    alpha: float,
+    beta: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    maximize: bool,
+) -> None:
+    """What :func:`hadamard_adam_` computes, one thing after another."""
+    if carry:
+        carry_([exp_avg, exp_avg_sq], ages, index, chosen)
+    index.copy_(chosen)
+    ages += 1
+    r = hadamard_down_reference(g, index)
+    settings = {"betas": (beta1, beta2), "eps": eps, "maximize": maximize}
+    adam_directions_([r], [exp_avg], [exp_avg_sq], [ages], **settings)
+    hadamard_write_back_reference_(w, index, r, alpha=alpha, beta=beta)
 
 
 def _check(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -266,22 +390,101 @@ if COMPILED:
     ) -> None:
         torch._check(u.shape == (index.shape[0], w.shape[1]))
 
+    @torch.library.register_fake("slimstate::hadamard_adam_")
+    def _(
+        w: Tensor,
+        g: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        ages: Tensor,
+        index: Tensor,
+        chosen: Tensor,
+        carry: bool,
+        alpha: float,
+        beta: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        maximize: bool,
+    ) -> None:
+        torch._check(w.shape == g.shape)
 
-def check(device: str) -> Iterator[tuple[str, bool]]:
-    """Compares the compiled ops with their references: what was compared, and whether it agrees."""
+
+def samples(device: str) -> Iterator[Sample]:
+    """What the compiled ops are compared with their references by."""
     generator = torch.Generator().manual_seed(0)
-    m = torch.randn(1376, 37, generator=generator).to(device)
-    index = torch.arange(0, 1376, 3, dtype=torch.int32, device=device)
-    for x, order in ((m, "rows"), (m.mT.contiguous().mT, "columns")):
-        for norm in (1, 2):
-            scores, expected = hadamard_scores(x, norm), hadamard_scores_reference(x, norm)
-            ratio = scores / expected  # a power of two, the same for all
-            yield f"hadamard_scores {order} l{norm}", torch.allclose(ratio, ratio[0], rtol=1e-5, atol=0)
-        r = hadamard_down(x, index)
-        yield f"hadamard_down {order}", torch.equal(r, hadamard_down_reference(x, index))
-        for dtype in (torch.float32, *_LOW_PRECISION):
-            w = x.to(dtype)
-            out, expected = w.clone(), w.clone()
-            hadamard_write_back_(out, index, r, alpha=-0.1, beta=0.99, key=5)
-            hadamard_write_back_reference_(expected, index, r, alpha=-0.1, beta=0.99, key=5)
-            yield f"hadamard_write_back_ {order} {dtype}", torch.equal(out, expected)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    for d, k in ((1, 1), (12, 5), (37, 16), (64, 3), (1376, 37), (512, 80), (16384, 17)):
+        index = torch.randperm(d, generator=generator)[: max(1, d // 3)].sort().values.int().to(device)
+        for by_columns in (False, True):
+            what = f"{d} x {k}, {'columns' if by_columns else 'rows'} contiguous"
+
+            def laid_out(x: Tensor, by_columns: bool = by_columns) -> Tensor:
+                return x.mT.contiguous().mT if by_columns else x
+
+            m = laid_out(normal(d, k))
+            for norm in (1, 2):
+                for scale in (None, torch.tensor(0.25, device=device)):
+                    sample = (torch.zeros(d, device=device), m, scale, norm)
+                    yield Sample("hadamard_scores_", f"{what}, l{norm}", sample, _scores_reference, 1e-5)
+            r = torch.zeros(len(index), k, device=device)
+            yield Sample("hadamard_down_", what, (r, m, index), _down_reference)
+            u = normal(len(index), k)
+            for dtype in (torch.float32, *_LOW_PRECISION):
+                for random in (False, True)[: 1 if dtype == torch.float32 else 2]:
+                    w = laid_out(normal(d, k)).to(dtype)
+                    numbers = (-0.1, 0.99, random, counter_key(0, 1), 3, 2, 50, 70)
+                    arguments = (w, index, u, *numbers)
+                    yield Sample(
+                        "hadamard_write_back_",
+                        f"{what}, {dtype}{', random' if random else ''}",
+                        arguments,
+                        _write_back_reference,
+                    )
+            chosen = torch.randperm(d, generator=generator)[: len(index)].sort().values.int().to(device)
+            ages = torch.randint(0, 300, (len(index),), generator=generator, dtype=torch.int32).to(device)
+            for carry in (False, True):
+                arguments = (
+                    laid_out(normal(d, k)),
+                    m,
+                    normal(*u.shape),
+                    normal(*u.shape).square(),
+                    ages,
+                    index,
+                    chosen,
+                )
+                yield Sample(
+                    "hadamard_adam_",
+                    f"{what}{', carried' if carry else ''}",
+                    (*arguments, carry, -0.1, 0.99, 0.9, 0.999, 1e-8, False),
+                    hadamard_adam_reference_,
+                )
+
+
+def _scores_reference(scores: Tensor, m: Tensor, scale: Tensor | None, norm: int) -> None:
+    one = torch.ones((), device=m.device)  # which needs no other scale here
+    scores.copy_(hadamard_scores_reference(m, norm, one if scale is None else scale))
+
+
+def _down_reference(r: Tensor, m: Tensor, index: Tensor) -> None:
+    r.copy_(hadamard_down_reference(m, index))
+
+
+def _write_back_reference(
+    w: Tensor,
+    index: Tensor,
+    u: Tensor,
+    alpha: float,
+    beta: float,
+    random: bool,
+    key: int,
+    offset: int,
+    start: int,
+    width: int,
+    pitch: int,
+) -> None:
+    word = PartKey(key, Place(start, width, pitch)) if random else None
+    hadamard_write_back_reference_(w, index, u, alpha=alpha, beta=beta, key=word, offset=offset)
