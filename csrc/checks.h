@@ -86,19 +86,27 @@ inline void check_hadamard_write_back(const torch::stable::Tensor& w, const torc
   STD_TORCH_CHECK(width > 0, "hadamard_write_back_: width must be >= 1, got ", width);
 }
 
-inline void check_hadamard_adam(const torch::stable::Tensor& w, const torch::stable::Tensor& g,
-                                const torch::stable::Tensor& exp_avg, const torch::stable::Tensor& exp_avg_sq,
-                                const torch::stable::Tensor& ages, const torch::stable::Tensor& index,
-                                const torch::stable::Tensor& chosen) {
+inline void check_hadamard_adam(
+    const std::vector<torch::stable::Tensor>& ws, const std::vector<torch::stable::Tensor>& gs,
+    const std::vector<torch::stable::Tensor>& exp_avgs, const std::vector<torch::stable::Tensor>& exp_avg_sqs,
+    const std::vector<torch::stable::Tensor>& ages, const std::vector<torch::stable::Tensor>& indices, int64_t norm) {
   using torch::headeronly::ScalarType;
   constexpr const char* op = "hadamard_adam_";
-  STD_TORCH_CHECK(w.scalar_type() == ScalarType::Float && g.scalar_type() == ScalarType::Float, op,
-                  ": w and g must be float32");
-  check_hadamard_index(op, index, w, exp_avg);
-  check_hadamard_index(op, chosen, w, exp_avg_sq);
-  check_hadamard_index(op, ages, g, exp_avg);
-  STD_TORCH_CHECK(w.size(0) == g.size(0), op, ": w and g must have one shape");
-  STD_TORCH_CHECK(on_one_device(w, g), op, ": the tensors must be on one device");
+  const size_t count = ws.size();
+  STD_TORCH_CHECK(gs.size() == count && exp_avgs.size() == count && exp_avg_sqs.size() == count &&
+                      ages.size() == count && indices.size() == count,
+                  op, ": the lists must be of one length");
+  STD_TORCH_CHECK(norm >= 0 && norm <= 2, op, ": norm must be 0, 1 or 2, got ", norm);
+  for (size_t i = 0; i < count; ++i) {
+    STD_TORCH_CHECK(ws[i].scalar_type() == ScalarType::Float && gs[i].scalar_type() == ScalarType::Float, op,
+                    ": W and G must be float32");
+    check_hadamard_index(op, indices[i], ws[i], exp_avgs[i]);
+    check_hadamard_index(op, ages[i], gs[i], exp_avg_sqs[i]);
+    STD_TORCH_CHECK(ws[i].size(0) == gs[i].size(0) && ws[i].size(1) == gs[i].size(1) &&
+                        ages[i].numel() == indices[i].numel() && indices[i].numel() <= ws[i].size(0),
+                    op, ": shapes do not fit");
+    STD_TORCH_CHECK(on_one_device(ws[i], gs[i]), op, ": the tensors must be on one device");
+  }
 }
 
 // Whether two moments of something of `numel` elements are bfloat16; else they are float32.

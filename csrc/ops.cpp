@@ -15,9 +15,9 @@ STABLE_TORCH_LIBRARY(slimstate, m) {
       "hadamard_write_back_(Tensor(a!) w, Tensor index, Tensor u, float alpha, float beta, bool random, SymInt key, "
       "SymInt offset, SymInt start, SymInt width, SymInt pitch) -> ()");
   m.def(
-      "hadamard_adam_(Tensor(a!) w, Tensor g, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) ages, "
-      "Tensor(e!) index, Tensor chosen, bool carry, float alpha, float beta, float beta1, float beta2, float eps, "
-      "bool maximize) -> ()");
+      "hadamard_adam_(Tensor(a!)[] ws, Tensor[] gs, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor(d!)[] ages, Tensor(e!)[] indices, int norm, bool carry, float alpha, float beta, float beta1, "
+      "float beta2, float eps, bool maximize) -> ()");
   m.def(
       "adam_directions_(Tensor(a!)[] rs, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor[] ages, "
       "float[] biases, int[] keys, int[] places, float beta1, float beta2, float eps, bool maximize) -> ()");

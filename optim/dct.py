@@ -237,8 +237,8 @@ class DCTAdamW(ProjectedOptimizer):
         always = group["update_proj_gap"] == 1
         tasks = tasks_of(matrix, scheduled or always)
         for task in tasks:
-            index = matrix.member(matrix.state["index"], task.j)
             if not task.count:
+                index = matrix.member(matrix.state["index"], task.j)
                 torch.arange(len(index), dtype=index.dtype, out=index)
         if always:
             matrix.state["refreshes"] += 1
@@ -301,45 +301,28 @@ class DCTAdamW(ProjectedOptimizer):
         return (torch.stack(rs) if matrix.view.lead else rs[0],)
 
     def _step_group(self, group: Group, entries: Arranged) -> None:
-        """Matrices that an op steps whole go one after another; the others as in every projected optimizer."""
-        rest = []
+        """Matrices that an op steps whole go to it, all at once; the others as in every projected optimizer."""
+        rest, whole = [], []
         for some, projection in entries.matrices:
-            others = [x for x in some if not self._step_whole_(x, group, projection)]
+            others = []
+            for x in some:
+                lists = _whole(x, group, projection)
+                whole += lists
+                others += [] if lists else [x]
             rest += [(others, projection)] if others else []
-        super()._step_group(group, Arranged(entries.dense, rest))
-
-    def _step_whole_(self, matrix: Matrix, group: Group, projection: Projection) -> bool:
-        """The step of a matrix in one pass over it after the choice of J; False where no op does that."""
-        if (
-            not isinstance(projection, Hadamard)
-            or matrix.gradient is None
-            or matrix.part is not None
-            or isinstance(matrix.step, Tensor)
-            or group["error_feedback"] is not None
-        ):
-            return False
-        view, state = matrix.view, matrix.state
-        w, m = matrix_in_place(matrix.p, view), matrix.m
-        if w is None:
-            return False
-        w = w.mT if view.transposed else w
-        for j in range(math.prod(view.lead)):
-            one = matrix.member(w, j), matrix.member(m, j), *(matrix.member(state[key], j) for key in STEPPED)
-            if not takes_hadamard_adam(*one):
-                return False
-            index = one[-1]
-            chosen = projection.chosen(Columns(one[1]), index) if group["update_proj_gap"] == 1 else index
+        if whole:
+            always = group["update_proj_gap"] == 1
             hadamard_adam_(
-                *one,
-                chosen,
-                carry=group["update_proj_gap"] == 1 and group["transport"] == "rotate",
+                *zip(*whole, strict=True),
+                norm=group["norm"] if always else 0,
+                carry=always and group["transport"] == "rotate",
                 alpha=group["lr"] * group["scale"],
                 beta=1 - group["lr"] * group["weight_decay"],
                 betas=group["betas"],
                 eps=group["eps"],
                 maximize=group["maximize"],
             )
-        return True
+        super()._step_group(group, Arranged(entries.dense, rest))
 
     def _update(
         self, matrices: list[Matrix], reduced: list[tuple[Tensor, ...]], group: Group, projection: Projection
@@ -398,3 +381,20 @@ class DCTAdamW(ProjectedOptimizer):
 def _is_divided(matrix: Matrix) -> bool:
     """Whether the scores of its columns are sums over processes."""
     return matrix.part is not None and matrix.part.divides("dk")
+
+
+def _whole(matrix: Matrix, group: Group, projection: Projection) -> list[tuple[Tensor, ...]]:
+    """What `hadamard_adam_` takes of a matrix, or of each of a stack; nothing where it does not."""
+    view, state = matrix.view, matrix.state
+    if (
+        not isinstance(projection, Hadamard)
+        or matrix.gradient is None
+        or matrix.part is not None
+        or isinstance(matrix.step, Tensor)
+        or group["error_feedback"] is not None
+        or (w := matrix_in_place(matrix.p, view)) is None
+    ):
+        return []
+    parts = (w.mT if view.transposed else w, matrix.m, *(state[key] for key in STEPPED))
+    each: list[tuple[Tensor, ...]] = list(zip(*parts, strict=True)) if view.lead else [parts]
+    return each if all(takes_hadamard_adam(*one[:4]) for one in each) else []

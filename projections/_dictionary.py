@@ -144,11 +144,6 @@ class FixedDictionary(IndexProjection):
         index, usable = self.choose(scores, rank, old)
         return index, rows(index), usable
 
-    def chosen(self, a: Columns, old: Tensor) -> Tensor:
-        """J, as `fit_down` gives it, alone."""
-        rank = self.rank_of(*a.m.shape)
-        return every_row(a.m) if rank == a.m.shape[0] else self.choose(self._measured(a)[0], rank, old)[0]
-
     def scores(self, a: Columns, largest: Tensor) -> Tensor:
         """What some columns A of a matrix, maybe none, add to its scores (d,).
 

@@ -10,6 +10,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <optional>
 #include <unordered_map>
 #include <vector>
@@ -349,7 +350,7 @@ void measure_all(const Matrix<const float>& m, float scale, float* scores) {
 
 // Whether nothing was lost above or below the range of float: then any power of two gives the same choice. Sums of
 // magnitudes lose nothing below.
-bool in_range(const float* scores, int64_t d, int norm) {
+bool in_range(const float* scores, int64_t d, int64_t norm) {
   float total = 0, least = std::numeric_limits<float>::infinity();
   for (int64_t i = 0; i < d; ++i) {
     total += scores[i];
@@ -379,15 +380,19 @@ float own_scale(const Matrix<const float>& m) {
   return std::ldexp(1.0F, std::clamp(-exponent, -126, 126));
 }
 
-void hadamard_scores_(Tensor scores, Tensor m, std::optional<Tensor> scale, int64_t norm) {
-  slimstate::check_hadamard_scores(scores, m, scale, norm);
-  const auto columns = matrix(m, static_cast<const float*>(m.const_data_ptr()));
-  auto* out = static_cast<float*>(scores.mutable_data_ptr());
-  const bool transposed = columns.columns != 1;
+void measure_all(const Matrix<const float>& m, std::optional<float> scale, int64_t norm, float* scores) {
+  const bool transposed = m.columns != 1;
   const auto measure = norm == 1 ? (transposed ? measure_all<1, true> : measure_all<1, false>)
                                  : (transposed ? measure_all<2, true> : measure_all<2, false>);
-  measure(columns, scale.has_value() ? *static_cast<const float*>(scale->const_data_ptr()) : 1.0F, out);
-  if (!scale.has_value() && !in_range(out, columns.d, static_cast<int>(norm))) measure(columns, own_scale(columns), out);
+  measure(m, scale.value_or(1.0F), scores);
+  if (!scale.has_value() && !in_range(scores, m.d, norm)) measure(m, own_scale(m), scores);
+}
+
+void hadamard_scores_(Tensor scores, Tensor m, std::optional<Tensor> scale, int64_t norm) {
+  slimstate::check_hadamard_scores(scores, m, scale, norm);
+  const auto own = scale.has_value() ? std::optional(*static_cast<const float*>(scale->const_data_ptr())) : std::nullopt;
+  measure_all(matrix(m, static_cast<const float*>(m.const_data_ptr())), own, norm,
+              static_cast<float*>(scores.mutable_data_ptr()));
 }
 
 // --------------------------------------------------------------------------------------------------------- down
@@ -636,16 +641,38 @@ SLIMSTATE_CLONES void inverse_tile(float* tile, HadamardBlock block, const int32
   transform(tile, block.bits, InPlace{});
 }
 
-void hadamard_adam_(Tensor w, Tensor g, Tensor exp_avg, Tensor exp_avg_sq, Tensor ages, Tensor index, Tensor chosen,
-                    bool carry, double alpha, double beta, double beta1, double beta2, double eps, bool maximize) {
-  slimstate::check_hadamard_adam(w, g, exp_avg, exp_avg_sq, ages, index, chosen);
+// The `rank` largest scores in order of their index, the first of equal ones; `old` where there is nothing to go by.
+std::vector<int32_t> leading(const std::vector<float>& scores, const int32_t* old, int64_t rank) {
+  float total = 0;
+  for (const float score : scores) total += score;
+  if (!(total > 0 && std::isfinite(total))) return {old, old + rank};
+  std::vector<int32_t> order(scores.size());
+  std::iota(order.begin(), order.end(), 0);
+  const auto before = [&](int32_t a, int32_t b) {
+    return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
+  };
+  if (rank < static_cast<int64_t>(order.size())) {
+    std::nth_element(order.begin(), order.begin() + rank, order.end(), before);
+    order.resize(static_cast<size_t>(rank));
+    std::sort(order.begin(), order.end());
+  }
+  return order;
+}
+
+void adam_all(const Tensor& w, const Tensor& g, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& ages,
+              const Tensor& index, int64_t norm, bool carry, double beta1, double beta2, double eps, bool maximize,
+              const Update& how) {
   const auto to = matrix(w, static_cast<float*>(w.mutable_data_ptr()));
   const auto from = matrix(g, static_cast<const float*>(g.const_data_ptr()));
   auto *old = static_cast<int32_t*>(index.mutable_data_ptr()), *age = static_cast<int32_t*>(ages.mutable_data_ptr());
-  const auto* now = static_cast<const int32_t*>(chosen.const_data_ptr());
   const int64_t rank = index.numel(), d = to.d;
-  check_order(index, d);
-  check_order(chosen, d);
+  std::vector<int32_t> chosen(old, old + rank);
+  if (norm != 0) {
+    std::vector<float> scores(static_cast<size_t>(d), 1.0F);
+    if (rank < d) measure_all(from, std::nullopt, norm, scores.data());
+    chosen = leading(scores, old, rank);
+  }
+  const int32_t* now = chosen.data();
 
   std::vector<Row> rows = carried(old, now, age, rank, carry);
   std::unordered_map<int32_t, slimstate::Bias> biases;
@@ -666,7 +693,6 @@ void hadamard_adam_(Tensor w, Tensor g, Tensor exp_avg, Tensor exp_avg_sq, Tenso
   const Moments moments{matrix(exp_avg, static_cast<float*>(exp_avg.mutable_data_ptr())),
                         matrix(exp_avg_sq, static_cast<float*>(exp_avg_sq.mutable_data_ptr())), rows.data(),
                         slimstate::Adam(beta1, beta2, eps)};
-  const Update how{static_cast<float>(alpha), static_cast<float>(beta), {}, 0, {}};
   const bool columnwise = from.columns != 1;
   const auto write =
       to.columns == 1 ? write_tile<slimstate::Float32Weight, false> : write_tile<slimstate::Float32Weight, true>;
@@ -694,6 +720,18 @@ void hadamard_adam_(Tensor w, Tensor g, Tensor exp_avg, Tensor exp_avg_sq, Tenso
       });
     }
   });
+}
+
+void hadamard_adam_(std::vector<Tensor> ws, std::vector<Tensor> gs, std::vector<Tensor> exp_avgs,
+                    std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> ages, std::vector<Tensor> indices, int64_t norm,
+                    bool carry, double alpha, double beta, double beta1, double beta2, double eps, bool maximize) {
+  slimstate::check_hadamard_adam(ws, gs, exp_avgs, exp_avg_sqs, ages, indices, norm);
+  for (size_t i = 0; i < ws.size(); ++i) check_order(indices[i], ws[i].size(0));
+  const Update how{static_cast<float>(alpha), static_cast<float>(beta), {}, 0, {}};
+  for (size_t i = 0; i < ws.size(); ++i) {
+    adam_all(ws[i], gs[i], exp_avgs[i], exp_avg_sqs[i], ages[i], indices[i], norm, carry, beta1, beta2, eps, maximize,
+             how);
+  }
 }
 
 }  // namespace

@@ -60,12 +60,17 @@ def takes_hadamard(m: Tensor, *, weight: bool = False) -> bool:
     return weight and m.dtype in _LOW_PRECISION and (row, column) in ((k, 1), (1, d))
 
 
-def takes_hadamard_adam(w: Tensor, g: Tensor, m: Tensor, v: Tensor, ages: Tensor, index: Tensor) -> bool:
+def takes_hadamard_adam(w: Tensor, g: Tensor, m: Tensor, v: Tensor) -> bool:
     """Whether :func:`hadamard_adam_` is compiled for these: on the CPU, float32, of at most 65536 rows."""
-    kept = all(x.dtype == torch.float32 and x.is_contiguous() for x in (m, v))
-    listed = ages.is_contiguous() and index.is_contiguous()
-    moved = w.device.type == "cpu" and w.dtype == torch.float32 and takes_hadamard(w) and takes_hadamard(g)
-    return moved and kept and listed and w.shape[0] <= _MOST_ROWS
+    return (
+        w.device.type == "cpu"
+        and w.dtype == m.dtype == v.dtype == torch.float32
+        and w.shape[0] <= _MOST_ROWS
+        and takes_hadamard(w)
+        and takes_hadamard(g)
+        and m.is_contiguous()
+        and v.is_contiguous()
+    )
 
 
 def hadamard_scores(m: Tensor, norm: int, scale: Tensor | None = None) -> Tensor:
@@ -193,14 +198,14 @@ def _(
 
 
 def hadamard_adam_(
-    w: Tensor,
-    g: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    ages: Tensor,
-    index: Tensor,
-    chosen: Tensor,
+    ws: Sequence[Tensor],
+    gs: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    ages: Sequence[Tensor],
+    indices: Sequence[Tensor],
     *,
+    norm: int,
     carry: bool,
     alpha: float,
     beta: float,
@@ -208,22 +213,25 @@ def hadamard_adam_(
     eps: float,
     maximize: bool = False,
 ) -> None:
-    r"""The step of Adam in some columns of the Walsh-Hadamard matrix, in one pass over W, G and the moments:
+    r"""The step of Adam in the columns of the Walsh-Hadamard matrix that hold most of a gradient, for a list of
+    matrices, which on the CPU are read and written once after the choice of J:
 
     .. math::
-        R = Q_J^\top G, \qquad W \leftarrow \beta W + \alpha\,Q_J U,
+        J = \text{the } r \text{ largest rows of } Q^\top G, \qquad R = Q_J^\top G, \qquad
+        W \leftarrow \beta W + \alpha\,Q_J U,
 
     with U the directions of :func:`adam_directions_`, each row corrected by its own age. Equal bits to
-    :func:`carry_`, :func:`hadamard_down`, :func:`adam_directions_` and :func:`hadamard_write_back_` one after another.
+    :func:`hadamard_scores`, :func:`carry_`, :func:`hadamard_down`, :func:`adam_directions_` and
+    :func:`hadamard_write_back_` one after another. A gradient of zeros or one that is not finite keeps J.
 
     Args:
-        w: W (d x k), float32, the columns or the rows contiguous.
-        g: G (d x k), likewise.
-        exp_avg: M (r x k), float32, contiguous.
-        exp_avg_sq: V, likewise.
-        ages: of each row (r,), int32; counts this step afterwards.
-        index: the rows of Q that the moments belong to (r,), int32, sorted; becomes `chosen`.
-        chosen: J (r,), int32, sorted.
+        ws: W (d x k) of each; a compiled op takes those that :func:`takes_hadamard_adam` says.
+        gs: G (d x k).
+        exp_avgs: M (r x k).
+        exp_avg_sqs: V (r x k).
+        ages: of each row (r,), int32; afterwards they count this step.
+        indices: J (r,), int32, sorted, as it was; afterwards as it is.
+        norm: 1 or 2, what J is chosen by, the first of equal rows; 0 leaves J as it is.
         carry: whether the moments of a row that stays in J move with it, and others begin at zero, of age 0; else they
             stay where they are.
         alpha: factor of the update.
@@ -234,30 +242,28 @@ def hadamard_adam_(
 
     Raises:
         TypeError: a dtype is not one of these.
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit, or another norm.
     """
-    (d, k), r = w.shape, len(index)
-    for name, x, shape in (
-        ("w", w, (d, k)),
-        ("g", g, (d, k)),
-        ("exp_avg", exp_avg, (r, k)),
-        ("exp_avg_sq", exp_avg_sq, (r, k)),
-    ):
-        _check(name, x, (torch.float32,))
-        if x.shape != shape:
-            raise ValueError(f"{name} must be of shape {shape}, got {tuple(x.shape)}")
-    for name, x in (("ages", ages), ("index", index), ("chosen", chosen)):
-        if x.dtype != torch.int32:
-            raise TypeError(f"{name} must be int32, got {x.dtype}")
-        if x.shape != (r,):
-            raise ValueError(f"{name} must be of shape {(r,)}, got {tuple(x.shape)}")
-    numbers = (carry, alpha, beta, *betas, eps, maximize)
-    changed = (w, exp_avg, exp_avg_sq, ages, index)
-    if not (takes_hadamard_adam(w, g, exp_avg, exp_avg_sq, ages, index) and chosen.is_contiguous()):
-        hadamard_adam_reference_(w, g, exp_avg, exp_avg_sq, ages, index, chosen, *numbers)
+    if norm not in (0, 1, 2):
+        raise ValueError(f"norm must be 0, 1 or 2, got {norm!r}")
+    compiled = True
+    for w, g, m, v, age, index in zip(ws, gs, exp_avgs, exp_avg_sqs, ages, indices, strict=True):
+        r = index.shape[0]
+        if w.ndim != 2 or g.shape != w.shape or not m.shape == v.shape == (r, w.shape[1]) or age.shape != (r,):
+            shapes = ", ".join(str(tuple(x.shape)) for x in (w, g, m, v, age, index))
+            raise ValueError(f"W and G must be (d, k), both moments (r, k), ages and J (r,), got {shapes}")
+        if not w.dtype == g.dtype == m.dtype == v.dtype == torch.float32:
+            raise TypeError(f"W, G and the moments must be float32, got {w.dtype}, {g.dtype}, {m.dtype}, {v.dtype}")
+        if not age.dtype == index.dtype == torch.int32:
+            raise TypeError(f"ages and J must be int32, got {age.dtype}, {index.dtype}")
+        compiled = compiled and takes_hadamard_adam(w, g, m, v)
+    lists = (list(ws), list(gs), list(exp_avgs), list(exp_avg_sqs), list(ages), list(indices))
+    numbers = (norm, carry, alpha, beta, *betas, eps, maximize)
+    if not compiled:
+        hadamard_adam_reference_(*lists, *numbers)
         return
-    torch.ops.slimstate.hadamard_adam_(w, g, exp_avg, exp_avg_sq, ages, index, chosen, *numbers)
-    torch.autograd.graph.increment_version(changed)
+    torch.ops.slimstate.hadamard_adam_(*lists, *numbers)
+    torch.autograd.graph.increment_version([x for i in (0, 2, 3, 4, 5) for x in lists[i]])
 
 
 def carry_(moments: Sequence[Tensor], ages: Tensor, old: Tensor, new: Tensor) -> None:
@@ -274,13 +280,13 @@ def carry_(moments: Sequence[Tensor], ages: Tensor, old: Tensor, new: Tensor) ->
 
 
 def hadamard_adam_reference_(
-    w: Tensor,
-    g: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    ages: Tensor,
-    index: Tensor,
-    chosen: Tensor,
+    ws: list[Tensor],
+    gs: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    ages: list[Tensor],
+    indices: list[Tensor],
+    norm: int,
     carry: bool,
     alpha: float,
     beta: float,
@@ -290,14 +296,20 @@ def hadamard_adam_reference_(
     maximize: bool,
 ) -> None:
     """What :func:`hadamard_adam_` computes, one thing after another."""
-    if carry:
-        carry_([exp_avg, exp_avg_sq], ages, index, chosen)
-    index.copy_(chosen)
-    ages += 1
-    r = hadamard_down_reference(g, index)
-    settings = {"betas": (beta1, beta2), "eps": eps, "maximize": maximize}
-    adam_directions_([r], [exp_avg], [exp_avg_sq], [ages], **settings)
-    hadamard_write_back_reference_(w, index, r, alpha=alpha, beta=beta)
+    for w, g, m, v, age, index in zip(ws, gs, exp_avgs, exp_avg_sqs, ages, indices, strict=True):
+        chosen = index.clone()
+        if norm:
+            scores = hadamard_scores(g, norm)
+            total = scores.sum()
+            order = scores.sort(descending=True, stable=True).indices[: len(index)].sort().values
+            chosen = torch.where((total > 0) & total.isfinite(), order.int(), index)
+        if carry:
+            carry_([m, v], age, index, chosen)
+        index.copy_(chosen)
+        age += 1
+        r = hadamard_down_reference(g, index)
+        adam_directions_([r], [m], [v], [age], betas=(beta1, beta2), eps=eps, maximize=maximize)
+        hadamard_write_back_reference_(w, index, r, alpha=alpha, beta=beta)
 
 
 def _check(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -392,13 +404,13 @@ if COMPILED:
 
     @torch.library.register_fake("slimstate::hadamard_adam_")
     def _(
-        w: Tensor,
-        g: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        ages: Tensor,
-        index: Tensor,
-        chosen: Tensor,
+        ws: list[Tensor],
+        gs: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        ages: list[Tensor],
+        indices: list[Tensor],
+        norm: int,
         carry: bool,
         alpha: float,
         beta: float,
@@ -407,7 +419,7 @@ if COMPILED:
         eps: float,
         maximize: bool,
     ) -> None:
-        torch._check(w.shape == g.shape)
+        torch._check(len(ws) == len(gs))
 
 
 def samples(device: str) -> Iterator[Sample]:
@@ -444,22 +456,13 @@ def samples(device: str) -> Iterator[Sample]:
                         arguments,
                         _write_back_reference,
                     )
-            chosen = torch.randperm(d, generator=generator)[: len(index)].sort().values.int().to(device)
             ages = torch.randint(0, 300, (len(index),), generator=generator, dtype=torch.int32).to(device)
-            for carry in (False, True):
-                arguments = (
-                    laid_out(normal(d, k)),
-                    m,
-                    normal(*u.shape),
-                    normal(*u.shape).square(),
-                    ages,
-                    index,
-                    chosen,
-                )
+            for norm, carry in ((0, False), (1, False), (1, True), (2, True)):
+                one = (laid_out(normal(d, k)), m, normal(*u.shape), normal(*u.shape).square(), ages, index)
                 yield Sample(
                     "hadamard_adam_",
-                    f"{what}{', carried' if carry else ''}",
-                    (*arguments, carry, -0.1, 0.99, 0.9, 0.999, 1e-8, False),
+                    f"{what}{f', l{norm}' if norm else ''}{', carried' if carry else ''}",
+                    (*([x, x.clone()] for x in one), norm, carry, -0.1, 0.99, 0.9, 0.999, 1e-8, False),
                     hadamard_adam_reference_,
                 )
 
