@@ -240,18 +240,22 @@ struct Last {
   int bits;
 };
 
-// All sweeps but the last, which is returned. Runs are finished while they are in the first cache, then what eight of
-// them make, and so on.
+INLINE Last last_sweep(int bits) {
+  if (bits <= 3) return {1, bits};
+  if (bits <= 6) return {8, bits - 3};
+  int done = 6;
+  while (done + 3 < bits) done += 3;
+  return {int64_t{1} << done, bits - done};
+}
+
+// All sweeps but the last. Runs are finished while they are in the first cache, then what eight of them make, and so
+// on.
 template <typename Source>
-INLINE Last all_but_last(float* tile, int bits, const Source& source) {
+INLINE void all_but_last(float* tile, int bits, const Source& source) {
   const int64_t size = int64_t{1} << bits;
-  if (bits <= 3) {
-    source.rows(tile, 0, size, 0);
-    return {1, bits};
-  }
   if (bits <= 6) {
-    source.rows(tile, 0, size, 3);
-    return {8, bits - 3};
+    source.rows(tile, 0, size, bits <= 3 ? 0 : 3);
+    return;
   }
   for (int64_t i = 0; i < size; i += run) {
     source.rows(tile, i, run, 3);
@@ -261,16 +265,17 @@ INLINE Last all_but_last(float* tile, int bits, const Source& source) {
       sweep<8>(tile, done - step * 8, step * 8, step);
     }
   }
-  Last last{run, 0};
-  while (last.step * 8 < size) last.step *= 8;
-  while (last.step << last.bits < size) ++last.bits;
-  return last;
+}
+
+INLINE void finish(float* tile, int bits) {
+  const Last last = last_sweep(bits);
+  sweep(tile, 0, int64_t{1} << bits, last.step, last.bits);
 }
 
 template <typename Source>
 INLINE void transform(float* tile, int bits, const Source& source) {
-  const Last last = all_but_last(tile, bits, source);
-  sweep(tile, 0, int64_t{1} << bits, last.step, last.bits);
+  all_but_last(tile, bits, source);
+  finish(tile, bits);
 }
 
 // ------------------------------------------------------------------------------------------------------- scores
@@ -305,7 +310,8 @@ INLINE void measure_last(const float* tile, int64_t step, float* sums) {
 
 template <int norm, bool transposed>
 SLIMSTATE_CLONES void measure_tile(float* tile, int bits, Columns<transposed> columns, float* sums) {
-  const Last last = all_but_last(tile, bits, columns);
+  all_but_last(tile, bits, columns);
+  const Last last = last_sweep(bits);
   if (last.bits == 3) measure_last<norm, 8>(tile, last.step, sums);
   if (last.bits == 2) measure_last<norm, 4>(tile, last.step, sums);
   if (last.bits == 1) measure_last<norm, 2>(tile, last.step, sums);
@@ -313,9 +319,9 @@ SLIMSTATE_CLONES void measure_tile(float* tile, int bits, Columns<transposed> co
 }
 
 // The norms of the rows of S, squared for norm 2. Columns are summed in chunks of a fixed number, and the chunks in
-// order, so that threads do not matter.
+// order, so that threads do not matter. `kept`, where it is given, gets all tiles before their last sweep.
 template <int norm, bool transposed>
-void measure_all(const Matrix<const float>& m, float scale, float* scores) {
+void measure_all(const Matrix<const float>& m, float scale, float* scores, float* kept) {
   constexpr int64_t chunk = 16 * width;
   const int64_t chunks = (m.k + chunk - 1) / chunk;
   std::vector<float> parts(static_cast<size_t>(chunks * m.d));
@@ -328,7 +334,8 @@ void measure_all(const Matrix<const float>& m, float scale, float* scores) {
         std::fill_n(sums.get(), block.size * lanes, 0.0F);
         for (int64_t c = i * chunk; c < std::min(m.k, (i + 1) * chunk); c += width) {
           const Columns<transposed> columns{m, block.start, c, std::min(width, m.k - c), scale};
-          measure_tile<norm, transposed>(tile.get(), block.bits, columns, sums.get());
+          float* own = kept == nullptr ? tile.get() : kept + c / width * at(m.d) + at(block.start);
+          measure_tile<norm, transposed>(own, block.bits, columns, sums.get());
         }
         float* part = parts.data() + i * m.d + block.start;
         for (int64_t row = 0; row < block.size; ++row) {
@@ -380,17 +387,21 @@ float own_scale(const Matrix<const float>& m) {
   return std::ldexp(1.0F, std::clamp(-exponent, -126, 126));
 }
 
-void measure_all(const Matrix<const float>& m, std::optional<float> scale, int64_t norm, float* scores) {
+// Whether `kept` holds tiles of S itself, scaled by nothing.
+bool measure_all(
+    const Matrix<const float>& m, const float* scale, int64_t norm, float* scores, float* kept = nullptr) {
   const bool transposed = m.columns != 1;
   const auto measure = norm == 1 ? (transposed ? measure_all<1, true> : measure_all<1, false>)
                                  : (transposed ? measure_all<2, true> : measure_all<2, false>);
-  measure(m, scale.value_or(1.0F), scores);
-  if (!scale.has_value() && !in_range(scores, m.d, norm)) measure(m, own_scale(m), scores);
+  measure(m, scale == nullptr ? 1.0F : *scale, scores, kept);
+  if (scale != nullptr || in_range(scores, m.d, norm)) return kept != nullptr;
+  measure(m, own_scale(m), scores, nullptr);
+  return false;
 }
 
 void hadamard_scores_(Tensor scores, Tensor m, std::optional<Tensor> scale, int64_t norm) {
   slimstate::check_hadamard_scores(scores, m, scale, norm);
-  const auto own = scale.has_value() ? std::optional(*static_cast<const float*>(scale->const_data_ptr())) : std::nullopt;
+  const auto* own = scale.has_value() ? static_cast<const float*>(scale->const_data_ptr()) : nullptr;
   measure_all(matrix(m, static_cast<const float*>(m.const_data_ptr())), own, norm,
               static_cast<float*>(scores.mutable_data_ptr()));
 }
@@ -659,17 +670,25 @@ std::vector<int32_t> leading(const std::vector<float>& scores, const int32_t* ol
   return order;
 }
 
+// A small matrix's coefficients are kept between the choice and the step, in a room of 4 MiB that all have in turn.
+constexpr int64_t ROOM = 1 << 20;
+
+int64_t tiles_of(const Tensor& w) { return (w.size(1) + width - 1) / width * at(w.size(0)); }
+
+SLIMSTATE_CLONES void finish_tile(float* tile, int bits) { finish(tile, bits); }
+
 void adam_all(const Tensor& w, const Tensor& g, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& ages,
               const Tensor& index, int64_t norm, bool carry, double beta1, double beta2, double eps, bool maximize,
-              const Update& how) {
+              const Update& how, float* room) {
   const auto to = matrix(w, static_cast<float*>(w.mutable_data_ptr()));
   const auto from = matrix(g, static_cast<const float*>(g.const_data_ptr()));
   auto *old = static_cast<int32_t*>(index.mutable_data_ptr()), *age = static_cast<int32_t*>(ages.mutable_data_ptr());
   const int64_t rank = index.numel(), d = to.d;
   std::vector<int32_t> chosen(old, old + rank);
+  const float* kept = nullptr;
   if (norm != 0) {
     std::vector<float> scores(static_cast<size_t>(d), 1.0F);
-    if (rank < d) measure_all(from, std::nullopt, norm, scores.data());
+    if (rank < d && measure_all(from, nullptr, norm, scores.data(), tiles_of(w) <= ROOM ? room : nullptr)) kept = room;
     chosen = leading(scores, old, rank);
   }
   const int32_t* now = chosen.data();
@@ -686,7 +705,7 @@ void adam_all(const Tensor& w, const Tensor& g, const Tensor& exp_avg, const Ten
   slimstate::for_each_block(d, [&](HadamardBlock block) {
     for (int64_t i = 0; i < rank; ++i) {
       if (now[i] < block.start || now[i] >= block.start + block.size) continue;
-      scales[static_cast<size_t>(2 * i)] = block.after();
+      scales[static_cast<size_t>(2 * i)] = block.after() * (kept == nullptr ? 1.0F : block.before());
       scales[static_cast<size_t>(2 * i + 1)] = block.before();
     }
   });
@@ -698,13 +717,15 @@ void adam_all(const Tensor& w, const Tensor& g, const Tensor& exp_avg, const Ten
       to.columns == 1 ? write_tile<slimstate::Float32Weight, false> : write_tile<slimstate::Float32Weight, true>;
   const int64_t tiles = (to.k + width - 1) / width, grain = std::max<int64_t>(1, (1 << 15) / (d * width));
   torch::stable::parallel_for(0, tiles, grain, [&](int64_t first, int64_t last) {
-    const Buffer buffered = buffer(at(d));
-    float* tile = buffered.get();
+    const Buffer buffered = buffer(kept == nullptr ? at(d) : 0);
     for (int64_t c = first * width; c < std::min(to.k, last * width); c += width) {
       const int64_t columns = std::min(width, to.k - c);
+      float* tile = kept == nullptr ? buffered.get() : room + c / width * at(d);
       slimstate::for_each_block(d, [&](HadamardBlock block) {
         float* part = tile + at(block.start);
-        if (columnwise) {
+        if (kept != nullptr) {
+          finish_tile(part, block.bits);
+        } else if (columnwise) {
           transform_tile<true>(part, block, {from, block.start, c, columns, block.before()});
         } else {
           transform_tile<false>(part, block, {from, block.start, c, columns, block.before()});
@@ -728,9 +749,12 @@ void hadamard_adam_(std::vector<Tensor> ws, std::vector<Tensor> gs, std::vector<
   slimstate::check_hadamard_adam(ws, gs, exp_avgs, exp_avg_sqs, ages, indices, norm);
   for (size_t i = 0; i < ws.size(); ++i) check_order(indices[i], ws[i].size(0));
   const Update how{static_cast<float>(alpha), static_cast<float>(beta), {}, 0, {}};
+  int64_t most = 0;
+  for (const Tensor& w : ws) most = std::max(most, norm != 0 && tiles_of(w) <= ROOM ? tiles_of(w) : 0);
+  const Buffer room = buffer(most);
   for (size_t i = 0; i < ws.size(); ++i) {
     adam_all(ws[i], gs[i], exp_avgs[i], exp_avg_sqs[i], ages[i], indices[i], norm, carry, beta1, beta2, eps, maximize,
-             how);
+             how, room.get());
   }
 }
 
