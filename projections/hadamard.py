@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from slimstate.ops import DEVICES
+from slimstate.ops import COMPILED
 from slimstate.ops.hadamard import (
     hadamard_down,
     hadamard_scores,
@@ -42,8 +42,8 @@ class Hadamard(FixedDictionary):
     Odd sizes end in a block of one, a plain coordinate. Q is symmetric, so that it is its own inverse.
 
     The transform is log2 d sweeps of additions, in place over blocks of columns: O(d log d) a column, no product, and Q
-    is never built. It gives R and the write-back too, at a cost that does not depend on r; below a rank of 64 a product
-    with the r chosen rows is faster, and it alone writes weights of low precision, which are rounded in runs of rows.
+    is never built. It gives R and the write-back too, at a cost that does not depend on r. Where no op is compiled, a
+    product with the r chosen rows is faster below a rank of 64, and writes weights of low precision.
 
     It stands in for `DCT`, whose captured energy it about equals where neighbouring coordinates are unrelated.
 
@@ -75,7 +75,7 @@ class Hadamard(FixedDictionary):
 
     def coefficients(self, a: Columns, index: Tensor) -> Tensor:
         """R = Q_J^T A (r x k), by the transform, or by a product with few rows where no op is compiled."""
-        if a.m.device.type not in DEVICES or a.m.dtype == torch.float64:
+        if not COMPILED or a.m.device.type != "cpu" or a.m.dtype == torch.float64:
             return super().coefficients(a, index)
         if a.added is None and takes_hadamard(a.m):
             return hadamard_down(a.m, index)
@@ -86,7 +86,7 @@ class Hadamard(FixedDictionary):
 
     def up(self, r: Tensor, basis: Tensor, d: int) -> Tensor:
         """Q_J R (d x k)."""
-        if basis.ndim > 1 or r.dtype != torch.float32 or r.device.type not in DEVICES:
+        if basis.ndim > 1 or not takes_hadamard(r):
             return super().up(r, basis, d)
         m = r.new_zeros(d, r.shape[1])
         hadamard_write_back_(m, basis, r, alpha=1.0, beta=1.0)

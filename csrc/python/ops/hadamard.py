@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ._compiled import COMPILED, DEVICES
+from ._compiled import COMPILED
 from ._samples import Sample
 from .directions import adam_directions_
 from .keys import WHOLE, Key, PartKey, Place, counter_key
@@ -45,14 +45,14 @@ def powers_of_two(d: int) -> list[tuple[int, int]]:
 
 
 def takes_hadamard(m: Tensor, *, weight: bool = False) -> bool:
-    """Whether a compiled op runs on this matrix (d x k): float32 on a device that it was compiled for, with rows or
-    columns contiguous; a weight also in bfloat16 or float16, without gaps.
+    """Whether a compiled op runs on this matrix (d x k): float32 on the CPU, with rows or columns contiguous; a weight
+    also in bfloat16 or float16, without gaps.
 
     Args:
         m: the matrix.
         weight: whether it is to be written to.
     """
-    if m.device.type not in DEVICES or m.ndim != 2:
+    if not COMPILED or m.device.type != "cpu" or m.ndim != 2:
         return False
     (d, k), (row, column) = m.shape, m.stride()
     if m.dtype == torch.float32:
@@ -63,8 +63,7 @@ def takes_hadamard(m: Tensor, *, weight: bool = False) -> bool:
 def takes_hadamard_adam(w: Tensor, g: Tensor, m: Tensor, v: Tensor) -> bool:
     """Whether :func:`hadamard_adam_` is compiled for these: on the CPU, float32, of at most 65536 rows."""
     return (
-        w.device.type == "cpu"
-        and w.dtype == m.dtype == v.dtype == torch.float32
+        w.dtype == m.dtype == v.dtype == torch.float32
         and w.shape[0] <= _MOST_ROWS
         and takes_hadamard(w)
         and takes_hadamard(g)
