@@ -257,11 +257,8 @@ def hadamard_adam_(
             raise TypeError(f"ages and J must be int32, got {age.dtype}, {index.dtype}")
         compiled = compiled and takes_hadamard_adam(w, g, m, v)
     lists = (list(ws), list(gs), list(exp_avgs), list(exp_avg_sqs), list(ages), list(indices))
-    numbers = (norm, carry, alpha, beta, *betas, eps, maximize)
-    if not compiled:
-        hadamard_adam_reference_(*lists, *numbers)
-        return
-    torch.ops.slimstate.hadamard_adam_(*lists, *numbers)
+    step = torch.ops.slimstate.hadamard_adam_ if compiled and ws else hadamard_adam_reference_
+    step(*lists, norm, carry, alpha, beta, *betas, eps, maximize)
     torch.autograd.graph.increment_version([x for i in (0, 2, 3, 4, 5) for x in lists[i]])
 
 
