@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <limits>
+#include <optional>
 #include <vector>
 
 namespace slimstate {
@@ -30,6 +32,82 @@ inline void check_places(const char* op, const std::vector<int64_t>& places, siz
 
 inline bool on_one_device(const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
   return a.get_device_index() == b.get_device_index() && a.is_cuda() == b.is_cuda();
+}
+
+// A matrix in whose memory rows or columns are contiguous, neither overlapping the other's.
+inline bool has_matrix_strides(const torch::stable::Tensor& m) {
+  return m.dim() == 2 &&
+         ((m.stride(1) == 1 && m.stride(0) >= m.size(1)) || (m.stride(0) == 1 && m.stride(1) >= m.size(0)));
+}
+
+inline void check_hadamard_scores(const torch::stable::Tensor& scores, const torch::stable::Tensor& m,
+                                  const std::optional<torch::stable::Tensor>& scale, int64_t norm) {
+  using torch::headeronly::ScalarType;
+  STD_TORCH_CHECK(m.scalar_type() == ScalarType::Float && scores.scalar_type() == ScalarType::Float,
+                  "hadamard_scores_: scores and m must be float32");
+  STD_TORCH_CHECK(has_matrix_strides(m), "hadamard_scores_: m must be a matrix with a stride of 1");
+  STD_TORCH_CHECK(scores.dim() == 1 && scores.numel() == m.size(0) && scores.is_contiguous(),
+                  "hadamard_scores_: scores must be contiguous, with ", m.size(0), " elements");
+  STD_TORCH_CHECK(on_one_device(scores, m), "hadamard_scores_: scores and m must be on one device");
+  STD_TORCH_CHECK(!scale.has_value() || (scale->scalar_type() == ScalarType::Float && scale->numel() == 1 &&
+                                         on_one_device(*scale, m)),
+                  "hadamard_scores_: scale must be one float32 on m's device");
+  STD_TORCH_CHECK(norm == 1 || norm == 2, "hadamard_scores_: norm must be 1 or 2, got ", norm);
+}
+
+inline void check_hadamard_index(const char* name, const torch::stable::Tensor& index, const torch::stable::Tensor& m,
+                                 const torch::stable::Tensor& r) {
+  using torch::headeronly::ScalarType;
+  STD_TORCH_CHECK(has_matrix_strides(m), name, ": the matrix must have a stride of 1");
+  STD_TORCH_CHECK(m.size(0) <= std::numeric_limits<int32_t>::max(), name, ": too many rows, ", m.size(0));
+  STD_TORCH_CHECK(index.scalar_type() == ScalarType::Int && index.dim() == 1 && index.is_contiguous(), name,
+                  ": index must be int32 and contiguous, of one dimension");
+  STD_TORCH_CHECK(r.scalar_type() == ScalarType::Float && r.dim() == 2 && r.is_contiguous() &&
+                      r.size(0) == index.numel() && r.size(1) == m.size(1),
+                  name, ": the projected matrix must be float32 and contiguous, of shape (", index.numel(), ", ",
+                  m.size(1), ")");
+  STD_TORCH_CHECK(on_one_device(index, m) && on_one_device(r, m), name, ": the tensors must be on one device");
+}
+
+inline void check_hadamard_down(const torch::stable::Tensor& r, const torch::stable::Tensor& m,
+                                const torch::stable::Tensor& index) {
+  STD_TORCH_CHECK(m.scalar_type() == torch::headeronly::ScalarType::Float, "hadamard_down_: m must be float32");
+  check_hadamard_index("hadamard_down_", index, m, r);
+}
+
+inline void check_hadamard_write_back(const torch::stable::Tensor& w, const torch::stable::Tensor& index,
+                                      const torch::stable::Tensor& u, int64_t width) {
+  using torch::headeronly::ScalarType;
+  const bool low = w.scalar_type() == ScalarType::BFloat16 || w.scalar_type() == ScalarType::Half;
+  STD_TORCH_CHECK(low || w.scalar_type() == ScalarType::Float,
+                  "hadamard_write_back_: w must be float32, bfloat16 or float16");
+  check_hadamard_index("hadamard_write_back_", index, w, u);
+  STD_TORCH_CHECK(!low || w.stride(0) * w.stride(1) == (w.stride(1) == 1 ? w.size(1) : w.size(0)),
+                  "hadamard_write_back_: w of low precision must have no gaps");
+  STD_TORCH_CHECK(width > 0, "hadamard_write_back_: width must be >= 1, got ", width);
+}
+
+inline void check_hadamard_adam(
+    const std::vector<torch::stable::Tensor>& ws, const std::vector<torch::stable::Tensor>& gs,
+    const std::vector<torch::stable::Tensor>& exp_avgs, const std::vector<torch::stable::Tensor>& exp_avg_sqs,
+    const std::vector<torch::stable::Tensor>& ages, const std::vector<torch::stable::Tensor>& indices, int64_t norm) {
+  using torch::headeronly::ScalarType;
+  constexpr const char* op = "hadamard_adam_";
+  const size_t count = ws.size();
+  STD_TORCH_CHECK(gs.size() == count && exp_avgs.size() == count && exp_avg_sqs.size() == count &&
+                      ages.size() == count && indices.size() == count,
+                  op, ": the lists must be of one length");
+  STD_TORCH_CHECK(norm >= 0 && norm <= 2, op, ": norm must be 0, 1 or 2, got ", norm);
+  for (size_t i = 0; i < count; ++i) {
+    STD_TORCH_CHECK(ws[i].scalar_type() == ScalarType::Float && gs[i].scalar_type() == ScalarType::Float, op,
+                    ": W and G must be float32");
+    check_hadamard_index(op, indices[i], ws[i], exp_avgs[i]);
+    check_hadamard_index(op, ages[i], gs[i], exp_avg_sqs[i]);
+    STD_TORCH_CHECK(ws[i].size(0) == gs[i].size(0) && ws[i].size(1) == gs[i].size(1) &&
+                        ages[i].numel() == indices[i].numel() && indices[i].numel() <= ws[i].size(0),
+                    op, ": shapes do not fit");
+    STD_TORCH_CHECK(on_one_device(ws[i], gs[i]), op, ": the tensors must be on one device");
+  }
 }
 
 // Whether two moments of something of `numel` elements are bfloat16; else they are float32.

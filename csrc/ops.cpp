@@ -9,6 +9,15 @@ STABLE_TORCH_LIBRARY(slimstate, m) {
   m.def(
       "stochastic_round_(Tensor(a!) out, Tensor x, SymInt key, SymInt offset, SymInt start, SymInt width, "
       "SymInt pitch) -> ()");
+  m.def("hadamard_scores_(Tensor(a!) scores, Tensor m, Tensor? scale, int norm) -> ()");
+  m.def("hadamard_down_(Tensor(a!) r, Tensor m, Tensor index) -> ()");
+  m.def(
+      "hadamard_write_back_(Tensor(a!) w, Tensor index, Tensor u, float alpha, float beta, bool random, SymInt key, "
+      "SymInt offset, SymInt start, SymInt width, SymInt pitch) -> ()");
+  m.def(
+      "hadamard_adam_(Tensor(a!)[] ws, Tensor[] gs, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor(d!)[] ages, Tensor(e!)[] indices, int norm, bool carry, float alpha, float beta, float beta1, "
+      "float beta2, float eps, bool maximize) -> ()");
   m.def(
       "adam_directions_(Tensor(a!)[] rs, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] scales, "
       "Tensor[] ages, float[] biases, int[] keys, int[] places, float beta1, float beta2, float eps, bool maximize) -> ()");

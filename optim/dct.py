@@ -9,23 +9,25 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.optim.optimizer import ParamsT
 
-from slimstate.ops import PartKey
+from slimstate.ops import PartKey, carry_, hadamard_adam_
 from slimstate.ops.codes import BLOCK
+from slimstate.ops.hadamard import takes_hadamard_adam
 from slimstate.projections import DCT, Hadamard, Projection
-from slimstate.projections._base import compute_dtype
+from slimstate.projections._base import compute_dtype, matrix_in_place
 from slimstate.projections._blocks import blocks, largest_magnitude
 from slimstate.projections._dictionary import Columns, FixedDictionary, SomeRows
 
 from ._adam import adam_directions, rounding
 from ._base import Group, Spec, refuse
 from ._moments import Moment, is_coded, moment_of, store_
-from ._projected import DEFAULT_RANK, Matrix, ProjectedOptimizer, Task, counts_apart, tasks_of
+from ._projected import DEFAULT_RANK, Arranged, Matrix, ProjectedOptimizer, Task, counts_apart, tasks_of
 from ._quantize import LEVELS, codes_shape, decode, encode
 from ._sharding import Part, total_
 
 __all__ = ["DCTAdamW"]
 
 ERROR_FEEDBACK = (None, "param", *LEVELS)
+STEPPED = ("exp_avg", "exp_avg_sq", "ages", "index")
 ERROR = 5  # purpose of random bits, after `_projected`'s
 
 
@@ -239,8 +241,8 @@ class DCTAdamW(ProjectedOptimizer):
         always = group["update_proj_gap"] == 1
         tasks = tasks_of(matrix, scheduled or always)
         for task in tasks:
-            index = matrix.member(matrix.state["index"], task.j)
             if not task.count:
+                index = matrix.member(matrix.state["index"], task.j)
                 torch.arange(len(index), dtype=index.dtype, out=index)
         if always:
             matrix.state["refreshes"] += 1
@@ -285,7 +287,11 @@ class DCTAdamW(ProjectedOptimizer):
         index = matrix.member(state["index"], j)
         if group["transport"] == "rotate":
             moments = [moment_of(matrix, key).member(j) for key in ("exp_avg", "exp_avg_sq")]
-            carry_(moments, matrix.member(state["ages"], j), index, new)
+            ages = matrix.member(state["ages"], j)
+            if is_coded(moments):
+                carry_codes_(moments, ages, index, new)
+            else:
+                carry_([moment.kept for moment in moments], ages, index, new)
         index.copy_(new)
 
     def _reduce(self, matrix: Matrix, group: Group, projection: Projection) -> tuple[Tensor, ...]:
@@ -301,6 +307,30 @@ class DCTAdamW(ProjectedOptimizer):
                 r = projection.coefficients(a, index)
             rs.append(r)
         return (torch.stack(rs) if matrix.view.lead else rs[0],)
+
+    def _step_group(self, group: Group, entries: Arranged) -> None:
+        """Matrices that an op steps whole go to it, all at once; the others as in every projected optimizer."""
+        rest, whole = [], []
+        for some, projection in entries.matrices:
+            others = []
+            for x in some:
+                lists = _whole(x, group, projection)
+                whole += lists
+                others += [] if lists else [x]
+            rest += [(others, projection)] if others else []
+        if whole:
+            always = group["update_proj_gap"] == 1
+            hadamard_adam_(
+                *zip(*whole, strict=True),
+                norm=group["norm"] if always else 0,
+                carry=always and group["transport"] == "rotate",
+                alpha=group["lr"] * group["scale"],
+                beta=1 - group["lr"] * group["weight_decay"],
+                betas=group["betas"],
+                eps=group["eps"],
+                maximize=group["maximize"],
+            )
+        super()._step_group(group, Arranged(entries.dense, rest))
 
     def _update(
         self, matrices: list[Matrix], reduced: list[tuple[Tensor, ...]], group: Group, projection: Projection
@@ -361,9 +391,9 @@ def _is_divided(matrix: Matrix) -> bool:
     return matrix.part is not None and matrix.part.divides("dk")
 
 
-def carry_(moments: list[Moment], ages: Tensor, old: Tensor, new: Tensor) -> None:
-    """Gives the rows of the moments (r x k) and their ages (r,) to the columns `new` that were chosen as `old` before,
-    both sorted; rows of columns that were not become zeros of age 0."""
+def carry_codes_(moments: list[Moment], ages: Tensor, old: Tensor, new: Tensor) -> None:
+    """`carry_` of moments that are codes. Blocks in which nothing moves keep theirs: rounded once more, they may be
+    others."""
     place = torch.searchsorted(old, new).clamp_(max=len(old) - 1)
     fresh = old.index_select(0, place) != new
     ages.copy_(ages.index_select(0, place).masked_fill_(fresh, 0))
@@ -371,12 +401,6 @@ def carry_(moments: list[Moment], ages: Tensor, old: Tensor, new: Tensor) -> Non
     def carried(x: Tensor) -> Tensor:
         return x.index_select(0, place).masked_fill_(fresh[:, None], 0)
 
-    if not is_coded(moments):
-        for moment in moments:
-            for s in blocks(moment.kept, 1, moment.kept.itemsize):
-                moment.kept[:, s] = carried(moment.kept[:, s])
-        return
-    # Blocks in which nothing moves keep their codes: rounded once more, they may be others.
     moves = fresh | (place != torch.arange(len(new), device=new.device))
     moves = pad(moves, (0, -len(new) % BLOCK)).view(-1, BLOCK).any(1, keepdim=True)
     rows = moves.repeat_interleave(BLOCK, 0)[: len(new)]
@@ -388,3 +412,20 @@ def carry_(moments: list[Moment], ages: Tensor, old: Tensor, new: Tensor) -> Non
             part.write_(carried(part.read(torch.float32)))
             part.kept.copy_(torch.where(rows, part.kept, before))
             part.scale.copy_(torch.where(moves, part.scale, scale))
+
+
+def _whole(matrix: Matrix, group: Group, projection: Projection) -> list[tuple[Tensor, ...]]:
+    """What `hadamard_adam_` takes of a matrix, or of each of a stack; nothing where it does not."""
+    view, state = matrix.view, matrix.state
+    if (
+        not isinstance(projection, Hadamard)
+        or matrix.gradient is None
+        or matrix.part is not None
+        or isinstance(matrix.step, Tensor)
+        or group["error_feedback"] is not None
+        or (w := matrix_in_place(matrix.p, view)) is None
+    ):
+        return []
+    parts = (w.mT if view.transposed else w, matrix.m, *(state[key] for key in STEPPED))
+    each: list[tuple[Tensor, ...]] = list(zip(*parts, strict=True)) if view.lead else [parts]
+    return each if all(takes_hadamard_adam(*one[:4]) for one in each) else []

@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,7 +15,7 @@ from ._matrix import MatrixView
 from ._numbers import Number
 from ._rounding import NEAREST, Rounding
 
-__all__ = ["Columns", "FixedDictionary", "SomeRows"]
+__all__ = ["Columns", "FixedDictionary", "SomeRows", "every_row"]
 
 
 class Columns:
@@ -122,9 +123,8 @@ class FixedDictionary(IndexProjection):
         """J (r, int32), sorted; neither `old` nor `counter` matters."""
         rank = self.rank_of(*m.shape)
         if rank == m.shape[0]:
-            return _all(m)
-        a = Columns(m)
-        return _leading(self._scores(a, _scale(a.largest))[0], rank)
+            return every_row(m)
+        return _leading(self._measured(Columns(m))[0], rank)
 
     def fit_down(self, a: Columns, old: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """J, R = Q_J^T A, and whether A could be used, as a 0-d tensor: what is zero or not finite keeps the old J.
@@ -138,13 +138,11 @@ class FixedDictionary(IndexProjection):
         d, k = a.m.shape
         rank = self.rank_of(d, k)
         if rank == d:
-            index, usable = _all(a.m), (a.largest > 0) & a.largest.isfinite()
+            index, usable = every_row(a.m), (a.largest > 0) & a.largest.isfinite()
             return index, self.coefficients(a, index), usable
-        scale = _scale(a.largest)
-        scores, only = self._scores(a, scale)
+        scores, rows = self._measured(a)
         index, usable = self.choose(scores, rank, old)
-        r = self.coefficients(a, index) if only is None else only.index_select(0, index).div_(scale)
-        return index, r, usable
+        return index, rows(index), usable
 
     def scores(self, a: Columns, largest: Tensor) -> Tensor:
         """What some columns A of a matrix, maybe none, add to its scores (d,).
@@ -160,6 +158,14 @@ class FixedDictionary(IndexProjection):
         total = scores.sum()
         usable, index = (total > 0) & total.isfinite(), _leading(scores, rank)
         return index if old is None else torch.where(usable, index, old), usable
+
+    def _measured(self, a: Columns) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The scores of all of A, up to a power of two, and what makes R of J."""
+        scale = _scale(a.largest)
+        scores, only = self._scores(a, scale)
+        if only is None:
+            return scores, partial(self.coefficients, a)
+        return scores, lambda index: only.index_select(0, index).div_(scale)
 
     def _scores(self, a: Columns, scale: Tensor) -> tuple[Tensor, Tensor | None]:
         """The norms (d,) of the rows of scale S, squared for l2; and scale S itself where it is one block."""
@@ -281,7 +287,8 @@ def _columns(m: Tensor, dtype: torch.dtype) -> Iterator[slice]:
     return blocks(m, 1, 2 * dtype.itemsize)
 
 
-def _all(m: Tensor) -> Tensor:
+def every_row(m: Tensor) -> Tensor:
+    """All indices of M's rows."""
     return torch.arange(m.shape[0], dtype=torch.int32, device=m.device)
 
 

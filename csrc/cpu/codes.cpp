@@ -81,8 +81,19 @@ constexpr Lines make_lines(bool with_sign) {
 
 constexpr Lines all_lines[2] = {make_lines(false), make_lines(true)};
 
+// Codes of 32 numbers that may be one too high or too low.
+void correct_codes(uint8_t* codes, const float* x, const float* divisor, int64_t stride, bool with_sign) {
+  const float* between = maps[with_sign].between;
+  for (int64_t i = 0; i < 32; ++i) {
+    const float quotient = x[i] / divisor[i * stride];
+    const int code = codes[i];
+    const int higher = quotient > between[code], lower = code > 0 && !(quotient > between[code - 1]);
+    codes[i] = static_cast<uint8_t>(code + higher - lower);
+  }
+}
+
 // Codes of 32 numbers at a time. Where a position comes so close to the next one that rounding could tell, all 32 are
-// looked up instead.
+// compared with what lies between the values, too.
 template <bool with_sign, bool each, bool ahead>
 AVX2_FUNCTION void encode_avx2(uint8_t* codes, const float* x, const float* divisor, int64_t n, const Lookup& next) {
   const float* values = maps[with_sign].value;
@@ -128,7 +139,7 @@ AVX2_FUNCTION void encode_avx2(uint8_t* codes, const float* x, const float* divi
     if constexpr (ahead) look_up_some<16>(next.x + (n + i) / 2, next.codes + (n + i) / 2, values);
     const __m256i certain = _mm256_cmpeq_epi32(_mm256_max_epu32(rest, close), rest);
     if (_mm256_movemask_epi8(certain) != -1) {
-      nearest_codes(codes + i, x + i, divisor + (each ? i : 0), each, 32, with_sign);
+      correct_codes(codes + i, x + i, divisor + (each ? i : 0), each, with_sign);
     }
   }
 }

@@ -2,7 +2,9 @@
 #include <torch/csrc/stable/library.h>
 
 #include "adam.h"
+#include "adamw.h"
 #include "checks.h"
+#include "cuda/codes.cuh"
 #include "cuda/launch.cuh"
 
 using torch::stable::Tensor;
@@ -15,7 +17,8 @@ struct Matrix {
   float* r;
   void *m, *v;
   const int32_t* ages;  // of each row; null where all have the same
-  int64_t numel, columns;
+  float *m_scale, *v_scale;  // of codes, which go down `length` rows
+  int64_t numel, columns, length;
   slimstate::Bias bias;
   slimstate::Key first, second;
   slimstate::Place place;
@@ -68,12 +71,77 @@ __global__ void step(const __grid_constant__ Batch<Matrix> batch, Rule rule) {
   }
 }
 
+int64_t tiles(const Matrix& x) {
+  if (x.numel == 0) return 0;
+  return x.numel / (x.length * x.columns) * slimstate::blocks_of_run(x.length) * ((x.columns + 31) / 32);
+}
+
+// Codes: a block of threads for 256 rows of 32 columns, every eighth row for each thread, in registers in between.
+__global__ void step_codes(const __grid_constant__ Batch<Matrix> batch, Rule rule) {
+  using slimstate::code_block;
+  constexpr int warps = threads / 32, own_rows = code_block / warps;
+  __shared__ slimstate::CodeMap maps[2];
+  __shared__ slimstate::Bias biases[code_block];
+  __shared__ float largest[2][warps][32];
+  const auto [x, tile] = batch.find(blockIdx.x);
+  const int64_t beside = (x.columns + 31) / 32, blocks = (x.length + code_block - 1) / code_block;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t column = tile % beside * 32 + lane, block = tile / beside, member = block / blocks;
+  const int64_t row = member * x.length + block % blocks * code_block;
+  const int rows = static_cast<int>(min(code_block, x.length - block % blocks * code_block));
+  stage_map(maps[0], true);
+  stage_map(maps[1], false);
+  for (int t = threadIdx.x; t < rows; t += threads) {
+    biases[t] = x.ages == nullptr ? x.bias
+                                  : slimstate::bias_of(x.ages[row + t], rule.beta1, rule.beta2, rule.maximize);
+  }
+  __syncthreads();
+  auto* m = static_cast<uint8_t*>(x.m);
+  auto* v = static_cast<uint8_t*>(x.v);
+  const bool inside = column < x.columns;
+  const int64_t at = block * x.columns + column;
+  const float m_scale = inside ? x.m_scale[at] : 0, v_scale = inside ? x.v_scale[at] : 0;
+  float mean[own_rows], square[own_rows], most_m = 0, most_v = 0;
+#pragma unroll
+  for (int i = 0; i < own_rows; ++i) {
+    const int t = warp + i * warps;
+    if (!inside || t >= rows) continue;
+    const int64_t element = (row + t) * x.columns + column;
+    mean[i] = maps[0].value[m[element]] * m_scale;
+    square[i] = maps[1].value[v[element]] * v_scale;
+    x.r[element] = slimstate::adam_direction(rule.adam, biases[t], x.r[element], mean[i], square[i]);
+    most_m = Max{}(fabsf(mean[i]), most_m);
+    most_v = Max{}(fabsf(square[i]), most_v);
+  }
+  largest[0][warp][lane] = most_m;
+  largest[1][warp][lane] = most_v;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < warps; ++i) {
+    most_m = Max{}(largest[0][i][lane], most_m);
+    most_v = Max{}(largest[1][i][lane], most_v);
+  }
+  if (inside && warp == 0) {
+    x.m_scale[at] = most_m;
+    x.v_scale[at] = most_v;
+  }
+  most_m = most_m == 0 ? 1 : most_m;
+  most_v = most_v == 0 ? 1 : most_v;
+#pragma unroll
+  for (int i = 0; i < own_rows; ++i) {
+    const int t = warp + i * warps;
+    if (!inside || t >= rows) continue;
+    const int64_t element = (row + t) * x.columns + column;
+    m[element] = slimstate::nearest_code(mean[i] / most_m, maps[0]);
+    v[element] = slimstate::nearest_code(square[i] / most_v, maps[1]);
+  }
+}
+
 void adam_directions_(std::vector<Tensor> rs, std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs,
                       std::vector<Tensor> scales, std::vector<Tensor> ages, std::vector<double> biases, std::vector<int64_t> keys,
                       std::vector<int64_t> places, double beta1, double beta2, double eps, bool maximize) {
-  const auto kept = slimstate::check_directions(rs, exp_avgs, exp_avg_sqs, scales, ages, biases, keys, places);
-  STD_TORCH_CHECK(kept != slimstate::Moments::CODES, "adam_directions_: moments in codes are taken on the CPU only");
-  const bool low = kept == slimstate::Moments::BFLOAT16;
+  using slimstate::Moments;
+  const Moments kept = slimstate::check_directions(rs, exp_avgs, exp_avg_sqs, scales, ages, biases, keys, places);
   std::vector<Matrix> matrices;
   for (size_t i = 0; i < rs.size(); ++i) {
     Matrix x{};
@@ -87,17 +155,27 @@ void adam_directions_(std::vector<Tensor> rs, std::vector<Tensor> exp_avgs, std:
     } else {
       x.ages = static_cast<const int32_t*>(ages[i].const_data_ptr());
     }
-    if (low) {
+    if (kept == Moments::BFLOAT16) {
       x.first = slimstate::expand_key(static_cast<uint64_t>(keys[2 * i]));
       x.second = slimstate::expand_key(static_cast<uint64_t>(keys[2 * i + 1]));
       x.place = {static_cast<uint64_t>(places[3 * i]), static_cast<uint64_t>(places[3 * i + 1]),
                  static_cast<uint64_t>(places[3 * i + 2])};
     }
+    if (kept == Moments::CODES) {
+      x.m_scale = static_cast<float*>(scales[2 * i].mutable_data_ptr());
+      x.v_scale = static_cast<float*>(scales[2 * i + 1].mutable_data_ptr());
+      x.length = rs[i].size(rs[i].dim() - 2);
+      x.columns = rs[i].size(rs[i].dim() - 1);
+    }
     matrices.push_back(x);
   }
   const Rule rule{{beta1, beta2, eps}, beta1, beta2, maximize};
+  if (kept == Moments::CODES) {
+    launch_each(matrices, tiles, rs[0], step_codes, rule);
+    return;
+  }
   launch_each(matrices, [](const Matrix& x) { return blocks_of(x.numel); }, rs[0],
-              low ? step<slimstate::BFloat16Moment> : step<slimstate::Float32Moment>, rule);
+              kept == Moments::BFLOAT16 ? step<slimstate::BFloat16Moment> : step<slimstate::Float32Moment>, rule);
 }
 
 }  // namespace

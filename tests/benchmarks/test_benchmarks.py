@@ -47,9 +47,7 @@ def test_every_optimizer_keeps_what_its_formula_says(counted):
     parameters = 21  # of the size `small`
     assert len(counted) > 15
     for name, found in counted.items():
-        if "why" in found:
-            assert "8-bit moments" in name, found["why"]
-            continue
+        assert "why" not in found, (name, found)
         assert found["alive"] == found["state_bytes"], name
         if (
             "formula" in found and "8-bit moments" not in name

@@ -2,8 +2,8 @@ import pytest
 import scipy.linalg
 import torch
 
+from slimstate.ops.hadamard import powers_of_two
 from slimstate.projections import Hadamard
-from slimstate.projections.hadamard import powers_of_two
 
 
 @pytest.mark.parametrize("d", [1, 2, 4, 8, 64, 256, 1024])

@@ -12,6 +12,17 @@ from ._compiled import COMPILED, DEVICES
 from .adamw import Dense, adamw_step_, takes_adamw
 from .codes import decode, encode_
 from .directions import adam_direction_reference_, adam_directions_
+from .hadamard import (
+    carry_,
+    hadamard_adam_,
+    hadamard_adam_reference_,
+    hadamard_down,
+    hadamard_down_reference,
+    hadamard_scores,
+    hadamard_scores_reference,
+    hadamard_write_back_,
+    hadamard_write_back_reference_,
+)
 from .keys import WHOLE, Key, PartKey, Place, counter_key
 from .residual import (
     scaled_residual_,
@@ -35,9 +46,18 @@ __all__ = [
     "adam_direction_reference_",
     "adam_directions_",
     "adamw_step_",
+    "carry_",
     "counter_key",
     "decode",
     "encode_",
+    "hadamard_adam_",
+    "hadamard_adam_reference_",
+    "hadamard_down",
+    "hadamard_down_reference",
+    "hadamard_scores",
+    "hadamard_scores_reference",
+    "hadamard_write_back_",
+    "hadamard_write_back_reference_",
     "scaled_residual_",
     "scaled_residual_reference_",
     "sign_residual_",

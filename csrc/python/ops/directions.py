@@ -111,7 +111,7 @@ def _adam_directions_(
 ) -> None:
     lists: dict[tuple[torch.dtype, bool], list[int]] = {}
     for i, (r, m, v) in enumerate(zip(rs, ms, vs, strict=True)):
-        if is_compiled_for(r, m, v) and not (scales and r.is_cuda):  # no CUDA kernel reads codes down columns
+        if is_compiled_for(r, m, v):
             lists.setdefault((m.dtype, isinstance(ages[i], Tensor)), []).append(i)
         elif scales:
             _codes_reference_(r, m, v, scales[i], ages[i], (beta1, beta2), eps, maximize)
@@ -126,7 +126,9 @@ def _adam_directions_(
             [vs[i] for i in chosen],
             [scale for i in chosen for scale in scales[i]] if dtype == torch.uint8 else [],
             [ages[i] for i in chosen] if by_row else [],
-            [] if by_row else corrections([ages[i] for i in chosen], beta1, beta2, maximize),
+            []
+            if by_row
+            else corrections([age for i in chosen if not isinstance(age := ages[i], Tensor)], beta1, beta2, maximize),
             [_word(key) for pair in low for key in pair],
             [n for pair in low for n in _place(pair[0])],
             beta1,
@@ -207,7 +209,7 @@ def _columns_reference_(
         for codes, scale, signed in zip((m, v), scales, (True, False), strict=True)
     ]
     wide = [decode(codes, scale, signed=signed, layout="columns", dtype=r.dtype) for codes, scale, signed in kept]
-    adam_direction_reference_(r[..., s], *wide, bias, betas, eps)
+    adam_direction_reference_(r[..., s], wide[0], wide[1], bias, betas, eps)
     for (codes, scale, signed), value in zip(kept, wide, strict=True):
         encode_(codes, scale, value, signed=signed, layout="columns")
 
@@ -310,7 +312,7 @@ if COMPILED:
 def samples(device: str) -> Iterator[Sample]:
     """What the compiled op is compared with its reference by."""
     generator = torch.Generator().manual_seed(0)
-    lists = {
+    lists: dict[str, list[tuple[int, ...]]] = {
         "": [(3, 1000), (2, 5, 129), (0, 7), (1, 1)],
         " of one": [(257, 67)],
     }

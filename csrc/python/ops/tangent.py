@@ -120,7 +120,7 @@ def tangent_step_(
         bits = torch.stack([torch.as_tensor(x) for x in words]) if words else torch.empty(0, dtype=torch.int64)
         torch.ops.slimstate.tangent_keyed_(*lists, list(factors), bits, places, stacked, *settings)
     else:
-        _step_(*lists, list(factors), words, places, numbers, *settings)  # type: ignore[arg-type]
+        _step_(*lists, list(factors), words, places, numbers, *settings)  # type: ignore[arg-type, call-arg]
 
 
 def _lists(parameters: Sequence[Parameter]) -> tuple[list[Tensor], ...]:
@@ -247,7 +247,7 @@ def samples(device: str) -> Iterator[Sample]:
         rates = (0.9, 0.99) if moments == 2 else (0.9, 0.1)
         nesterov, maximize = "nesterov" in settings, "maximize" in settings
         factors = [torch.linspace(0.9, 1.1, _rows(w), device=device) for w in lists[0] if "factors" in settings]
-        places = list(settings.get("places", ())) * count
+        places = list(dict[str, Any](settings).get("places", ())) * count
         numbers = (0.1, 0.01, *rates)
         flags = (
             1e-8, settings.get("delta", 0.1), 0.2, nesterov, settings.get("layer_view", True), maximize,
