@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import slimstate.optim  # noqa: F401  registers the last of them
 from slimstate import ops
 from slimstate.ops._samples import Sample, all_samples
 
 SAMPLES = list(all_samples("cpu"))
-ONE_OF_EACH = list({sample.op: sample for sample in SAMPLES}.values())
+ONE_OF_EACH = list({sample.op: sample for sample in reversed(SAMPLES)}.values())  # the first
 
 
 def registered() -> set[str]:
@@ -68,6 +69,8 @@ def test_opcheck(sample):
 @pytest.mark.slow
 @pytest.mark.parametrize("sample", [x for x in SAMPLES if not any(x is one for one in ONE_OF_EACH)], ids=str)
 def test_opcheck_of_the_others(sample):
+    if any(isinstance(x, Tensor) and x.numel() == 0 and x.ndim > 1 for x in sample.arguments):
+        pytest.skip("torch's check of schemas cannot copy every empty tensor")
     test_opcheck(sample)
 
 
