@@ -82,8 +82,8 @@ inline void check_hadamard_write_back(const torch::stable::Tensor& w, const torc
   STD_TORCH_CHECK(low || w.scalar_type() == ScalarType::Float,
                   "hadamard_write_back_: w must be float32, bfloat16 or float16");
   check_hadamard_index("hadamard_write_back_", index, w, u);
-  STD_TORCH_CHECK(!low || w.stride(0) * w.stride(1) == (w.stride(1) == 1 ? w.size(1) : w.size(0)),
-                  "hadamard_write_back_: w of low precision must have no gaps");
+  const bool rows = w.stride(0) == w.size(1) && w.stride(1) == 1, columns = w.stride(0) == 1 && w.stride(1) == w.size(0);
+  STD_TORCH_CHECK(!low || rows || columns, "hadamard_write_back_: w of low precision must have no gaps");
   STD_TORCH_CHECK(width > 0, "hadamard_write_back_: width must be >= 1, got ", width);
 }
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.optim.optimizer import ParamsT
 
-from slimstate.ops import PartKey, carry_, hadamard_adam_
+from slimstate.ops import PartKey, hadamard_adam_
+from slimstate.ops import carry_ as carry_rows_
 from slimstate.ops.codes import BLOCK
 from slimstate.ops.hadamard import takes_hadamard_adam
 from slimstate.projections import DCT, Hadamard, Projection
@@ -287,11 +288,7 @@ class DCTAdamW(ProjectedOptimizer):
         index = matrix.member(state["index"], j)
         if group["transport"] == "rotate":
             moments = [moment_of(matrix, key).member(j) for key in ("exp_avg", "exp_avg_sq")]
-            ages = matrix.member(state["ages"], j)
-            if is_coded(moments):
-                carry_codes_(moments, ages, index, new)
-            else:
-                carry_([moment.kept for moment in moments], ages, index, new)
+            carry_(moments, matrix.member(state["ages"], j), index, new)
         index.copy_(new)
 
     def _reduce(self, matrix: Matrix, group: Group, projection: Projection) -> tuple[Tensor, ...]:
@@ -391,9 +388,12 @@ def _is_divided(matrix: Matrix) -> bool:
     return matrix.part is not None and matrix.part.divides("dk")
 
 
-def carry_codes_(moments: list[Moment], ages: Tensor, old: Tensor, new: Tensor) -> None:
-    """`carry_` of moments that are codes. Blocks in which nothing moves keep theirs: rounded once more, they may be
-    others."""
+def carry_(moments: list[Moment], ages: Tensor, old: Tensor, new: Tensor) -> None:
+    """Gives the rows of the moments (r x k) and their ages (r,) to the columns `new` that were chosen as `old` before,
+    both sorted; rows of columns that were not become zeros of age 0."""
+    if not is_coded(moments):
+        carry_rows_([moment.kept for moment in moments], ages, old, new)
+        return
     place = torch.searchsorted(old, new).clamp_(max=len(old) - 1)
     fresh = old.index_select(0, place) != new
     ages.copy_(ages.index_select(0, place).masked_fill_(fresh, 0))
@@ -401,6 +401,7 @@ def carry_codes_(moments: list[Moment], ages: Tensor, old: Tensor, new: Tensor) 
     def carried(x: Tensor) -> Tensor:
         return x.index_select(0, place).masked_fill_(fresh[:, None], 0)
 
+    # Blocks in which nothing moves keep their codes: rounded once more, they may be others.
     moves = fresh | (place != torch.arange(len(new), device=new.device))
     moves = pad(moves, (0, -len(new) % BLOCK)).view(-1, BLOCK).any(1, keepdim=True)
     rows = moves.repeat_interleave(BLOCK, 0)[: len(new)]

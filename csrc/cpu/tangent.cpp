@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "cpu/clones.h"
-#include "formats.h"
+#include "weights.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -24,18 +24,19 @@ constexpr int64_t RUN = 256, TILE = 1024, UNIT = 8 * TILE, GRAIN = 1 << 15;
 
 template <typename Format>
 SLIMSTATE_CLONES void widen(float* __restrict out, const uint16_t* __restrict x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = value(Format{}, x[i]);
+  for (int64_t i = 0; i < n; ++i) out[i] = Format::widen(x[i], 0);
 }
 
 template <typename Format>
 SLIMSTATE_CLONES void join(
     float* __restrict out, const uint16_t* __restrict x, const int16_t* __restrict low, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = joined(Format{}, {x[i], low[i]});
+  for (int64_t i = 0; i < n; ++i) out[i] = Format::widen(x[i], low[i]);
 }
 
 template <typename Format>
 SLIMSTATE_CLONES void round_nearest(uint16_t* __restrict out, const float* __restrict x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = nearest(Format{}, x[i]);
+  int16_t none = 0;
+  for (int64_t i = 0; i < n; ++i) out[i] = Format::narrow(x[i], 0, none);
 }
 
 template <typename Format>
@@ -47,11 +48,7 @@ SLIMSTATE_CLONES void round_random(
 template <typename Format>
 SLIMSTATE_CLONES void divide(
     uint16_t* __restrict out, int16_t* __restrict low, const float* __restrict x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    const Split parts = split(Format{}, x[i]);
-    out[i] = parts.code;
-    low[i] = parts.low;
-  }
+  for (int64_t i = 0; i < n; ++i) out[i] = Format::narrow(x[i], 0, low[i]);
 }
 
 // Adds a tile's <w, g>, |g|^2, |w|^2 to the sums; the compiler sums in lanes where `simd reduction` lets it.
@@ -124,9 +121,9 @@ float* read(const Kept& x, int64_t at, int64_t n, float* buffer) {
   if (x.type == ScalarType::Float) return floats(x, at);
   const bool half = x.type == ScalarType::Half;
   if (x.low != nullptr) {
-    (half ? join<Half> : join<BFloat16>)(buffer, codes(x, at), x.low + at, n);
+    (half ? join<HalfCompensated> : join<BFloat16Compensated>)(buffer, codes(x, at), x.low + at, n);
   } else {
-    (half ? widen<Half> : widen<BFloat16>)(buffer, codes(x, at), n);
+    (half ? widen<HalfNearest> : widen<BFloat16Nearest>)(buffer, codes(x, at), n);
   }
   return buffer;
 }
@@ -143,9 +140,9 @@ void write(const Kept& x, const Place& place, int64_t at, int64_t n, const float
   if (x.type == ScalarType::Float) return;
   const bool half = x.type == ScalarType::Half;
   if (x.low != nullptr) {
-    (half ? divide<Half> : divide<BFloat16>)(codes(x, at), x.low + at, values, n);
+    (half ? divide<HalfCompensated> : divide<BFloat16Compensated>)(codes(x, at), x.low + at, values, n);
   } else if (!x.random) {
-    (half ? round_nearest<Half> : round_nearest<BFloat16>)(codes(x, at), values, n);
+    (half ? round_nearest<HalfNearest> : round_nearest<BFloat16Nearest>)(codes(x, at), values, n);
   } else {
     while (n > 0) {  // row by row of the place, so that the inner loop counts in ones
       const auto i = static_cast<uint64_t>(at);

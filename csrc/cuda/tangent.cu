@@ -4,7 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "cuda/launch.cuh"
-#include "formats.h"
+#include "weights.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -41,12 +41,11 @@ __device__ Values read(const Kept& x, int64_t at, int64_t left) {
     const auto lows = load<each>(x.low + at, left, aligned(x.low + at));
 #pragma unroll
     for (int k = 0; k < each; ++k) {
-      const Split parts{codes[k], lows[k]};
-      values[k] = half ? joined(Half{}, parts) : joined(BFloat16{}, parts);
+      values[k] = half ? HalfCompensated::widen(codes[k], lows[k]) : BFloat16Compensated::widen(codes[k], lows[k]);
     }
   } else {
 #pragma unroll
-    for (int k = 0; k < each; ++k) values[k] = half ? value(Half{}, codes[k]) : value(BFloat16{}, codes[k]);
+    for (int k = 0; k < each; ++k) values[k] = half ? widen_half(codes[k]) : widen_bfloat16(codes[k]);
   }
   return values;
 }
@@ -62,9 +61,8 @@ __device__ void write(const Kept& x, const Place& place, int64_t at, int64_t lef
     Pack<int16_t, each> lows;
 #pragma unroll
     for (int k = 0; k < each; ++k) {
-      const Split parts = half ? split(Half{}, values[k]) : split(BFloat16{}, values[k]);
-      codes[k] = parts.code;
-      lows[k] = parts.low;
+      codes[k] = half ? HalfCompensated::narrow(values[k], 0, lows[k])
+                      : BFloat16Compensated::narrow(values[k], 0, lows[k]);
     }
     store(x.low + at, lows, left, aligned(x.low + at));
   } else if (x.random) {
@@ -75,7 +73,7 @@ __device__ void write(const Kept& x, const Place& place, int64_t at, int64_t lef
     }
   } else {
 #pragma unroll
-    for (int k = 0; k < each; ++k) codes[k] = half ? nearest(Half{}, values[k]) : nearest(BFloat16{}, values[k]);
+    for (int k = 0; k < each; ++k) codes[k] = half ? nearest_half(values[k]) : nearest_bfloat16(values[k]);
   }
   uint16_t* p = static_cast<uint16_t*>(x.data) + at;
   store(p, codes, left, aligned(p));

@@ -43,7 +43,12 @@ from training import gradients, parameter, run
 # What gives each matrix of a stack what it would get alone: nothing is drawn for each, or decided for all.
 TOGETHER = ("AdamP", "SGDP", "blocks", "errors", "8bit", "8-bit", *DRAWN)
 # What turns the step around instead of the gradient, whose codes are others: there is no -1.
-TURNED = ("DCTAdamW, every step, 8-bit moments", "GaLoreAdafactor, beta1, 8-bit moments")
+TURNED = (
+    "DCTAdamW, every step, 8-bit moments",
+    "FRUGAL, columns, 8-bit moments",
+    "GaLoreAdafactor, beta1, 8-bit moments",
+    "GaLoreAdamW8bit",
+)
 ALONE = [name for name in CASES if not any(word in name for word in TOGETHER)]
 
 # Construction.

@@ -63,6 +63,7 @@ DENSE = {
         ["svd", "power", "random", SVD(rank=2), PowerIteration(rank=0.5, side="left"), RandomOrthogonal(rank=3, seed=4)]
     ),
     "transport": some(["rotate", "keep", "reset"]),
+    "basis_dtype": some([None, None, "bfloat16", "8bit", torch.bfloat16]),
 }
 BETAS = {"betas": st.tuples(st.floats(0, 0.99), st.floats(0, 0.999)), "eps": EPS}
 TANGENT = {"delta": st.floats(0, 2), "wd_ratio": st.floats(0, 1), "layer_view": st.booleans()}
@@ -116,6 +117,7 @@ OPTIMIZERS = {
         "inner": some(["adamw", "lion", "sgdm"]),
         "outer": some(["sign", "sgd", "none"]),
         "outer_scale": st.floats(0.01, 2),
+        "basis_dtype": DENSE["basis_dtype"],
     },
 }
 
@@ -217,6 +219,7 @@ WRONG += [("moment_dtype", "int8"), ("moment_dtype", torch.int8), ("stochastic_r
 WRONG += [("dampening", None), ("nesterov", "yes"), ("delta", -1), ("wd_ratio", math.nan), ("layer_view", None)]
 WRONG += [("rank", 0), ("rank", 1.5), ("rank", True), ("update_proj_gap", 0), ("update_proj_gap", 2.0), ("scale", -1)]
 WRONG += [("projection", "dtc"), ("projection", SVD), ("side", "up"), ("transport", "no"), ("batch_dims", -1)]
+WRONG += [("basis_dtype", "float16"), ("basis_dtype", 8)]
 WRONG += [
     ("nonfinite", "ignore"),
     ("compensation", "yes"),
@@ -367,6 +370,7 @@ class Fuzz(RuleBasedStateMachine):
                 options.pop("contiguous", None)
             if not dense:
                 options.pop("side", None)
+                options.pop("basis_dtype", None)
         if self.kind is SGDP and not (options.get("momentum") and not options.get("dampening")):
             options.pop("nesterov", None)
         if self.kind is GaLoreAdafactor:

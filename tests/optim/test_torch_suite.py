@@ -240,7 +240,10 @@ def test_foreach_matches_forloop(name):
         return make(name, [*net.parameters(), scalar], settings)
 
     for settings in inputs(name):
-        assert_implementations_agree(name, settings, torch.float64, plain(name), strided, dict(rtol=1e-7, atol=1e-9))
+        tolerance = dict(rtol=1e-7, atol=1e-9)
+        if settings.get("basis_dtype"):  # whose codes are others where a rounding decides
+            tolerance = dict(rtol=1e-3, atol=1e-6)
+        assert_implementations_agree(name, settings, torch.float64, plain(name), strided, tolerance)
 
 
 @contract("PyTorch's suite: implementations agree")

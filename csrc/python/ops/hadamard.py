@@ -453,8 +453,8 @@ def samples(device: str) -> Iterator[Sample]:
                         _write_back_reference,
                     )
             alpha, beta = (torch.tensor(x, dtype=torch.float64) for x in (-0.1, 0.99))
-            arguments = (laid_out(normal(d, k)), index, u, alpha, beta, None, 0, *WHOLE)
-            yield Sample("hadamard_write_back_keyed_", what, arguments, _keyed_reference)
+            keyed = (laid_out(normal(d, k)), index, u, alpha, beta, None, 0, *WHOLE)
+            yield Sample("hadamard_write_back_keyed_", what, keyed, _keyed_reference)
             ages = torch.randint(0, 300, (len(index),), generator=generator, dtype=torch.int32).to(device)
             for norm, carry in ((0, False), (1, False), (1, True), (2, True)):
                 one = (laid_out(normal(d, k)), m, normal(*u.shape), normal(*u.shape).square(), ages, index)
