@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from slimstate.ops._samples import all_samples
-from slimstate.ops.hadamard import MOST_ROWS_CUDA
+from slimstate.ops.hadamard import MOST_ROWS_CUDA, hadamard_scores_reference
 
 CPU_ONLY = {"hadamard_adam_"}  # on CUDA the separate ops of its family make the step
 
@@ -40,3 +40,11 @@ def test_scores_of_scaled_matrices_are_in_one_order(emulated, norm, exponent):
     emulated.hadamard_scores_(scores, m, None, norm)
     emulated.hadamard_scores_(scaled, m * 2.0**exponent, None, norm)
     assert torch.equal(scores.argsort(stable=True), scaled.argsort(stable=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", [1, 2])
+def test_blocks_that_measure_several_tiles_sum_all_columns(emulated, norm):
+    m, scores = torch.randn(8192, 300), torch.empty(8192)
+    emulated.hadamard_scores_(scores, m, None, norm)
+    torch.testing.assert_close(scores, hadamard_scores_reference(m, norm, torch.ones(())))

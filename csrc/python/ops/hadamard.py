@@ -462,8 +462,8 @@ def samples(device: str) -> Iterator[Sample]:
                         _write_back_reference,
                     )
             alpha, beta = (torch.tensor(x, dtype=torch.float64) for x in (-0.1, 0.99))
-            arguments = (laid_out(normal(d, k)), index, u, alpha, beta, None, 0, *WHOLE)
-            yield Sample("hadamard_write_back_keyed_", what, arguments, _keyed_reference)
+            keyed = (laid_out(normal(d, k)), index, u, alpha, beta, None, 0, *WHOLE)
+            yield Sample("hadamard_write_back_keyed_", what, keyed, _keyed_reference)
             if device != "cpu":  # elsewhere Adam's step has no kernel of its own
                 continue
             ages = torch.randint(0, 300, (len(index),), generator=generator, dtype=torch.int32)
