@@ -178,7 +178,7 @@ __device__ __forceinline__ float read(
 
 // ------------------------------------------------------------------------------------------------------- scores
 
-// What a second pass multiplies M by, or 0 where there is none to make.
+// What M is multiplied by, nullptr for 1; for a second pass what `decide` found, 0 where there is none to make.
 struct Decision {
   const float* scale;
   bool again;
