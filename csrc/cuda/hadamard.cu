@@ -1,6 +1,6 @@
 // The Walsh-Hadamard transform of the columns of M. A block of threads has a tile in shared memory, some columns cut to
-// one power of two; the first butterflies take the matrix as it comes into registers, and what the last ones leave there
-// is measured or written to the weight. Neighbouring threads have neighbours in memory, whichever way M lies.
+// one power of two; the first butterflies take the matrix as it comes into registers, and what the last ones leave
+// there is measured or written to the weight. Neighbouring threads have neighbours in memory, whichever way M lies.
 #include "hadamard.h"
 
 #include <torch/csrc/stable/library.h>
