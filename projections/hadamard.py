@@ -8,7 +8,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from slimstate.ops import COMPILED
 from slimstate.ops.hadamard import (
     hadamard_down,
     hadamard_scores,
@@ -16,6 +15,7 @@ from slimstate.ops.hadamard import (
     hadamard_write_back_,
     powers_of_two,
     takes_hadamard,
+    transforms_hadamard,
 )
 
 from ._base import matrix_in_place
@@ -75,7 +75,7 @@ class Hadamard(FixedDictionary):
 
     def coefficients(self, a: Columns, index: Tensor) -> Tensor:
         """R = Q_J^T A (r x k), by the transform, or by a product with few rows where no op is compiled."""
-        if not COMPILED or a.m.device.type != "cpu" or a.m.dtype == torch.float64:
+        if not transforms_hadamard(a.m.device, a.m.shape[0]) or a.m.dtype == torch.float64:
             return super().coefficients(a, index)
         if a.added is None and takes_hadamard(a.m):
             return hadamard_down(a.m, index)

@@ -3,7 +3,12 @@ import torch
 
 from slimstate import ops
 from slimstate.ops import hadamard_adam_, hadamard_down, hadamard_scores, hadamard_write_back_
-from slimstate.ops.hadamard import hadamard_transform_reference
+from slimstate.ops.hadamard import (
+    hadamard_down_reference,
+    hadamard_scores_reference,
+    hadamard_transform_reference,
+    hadamard_write_back_reference_,
+)
 from slimstate.optim import DCTAdamW
 
 compiled = pytest.mark.skipif(not ops.COMPILED, reason="nothing was compiled")
@@ -67,6 +72,18 @@ def test_of_equal_rows_the_first_are_chosen():
     settings = {"norm": 2, "carry": True, "alpha": 0.1, "beta": 1.0, "betas": (0.9, 0.99), "eps": 1e-8}
     hadamard_adam_([w], [g], [moments[0]], [moments[1]], [ages], [index], **settings)
     assert index.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_columns_longer_than_the_samples_agree_too(by_columns):
+    m, index = torch.randn(16384, 3), indices(16384, 100)
+    m = m.mT.contiguous().mT if by_columns else m
+    w, r = m.clone(), hadamard_down(m, index)
+    expected = w.clone()
+    hadamard_write_back_(w, index, r, alpha=-0.5, beta=0.9)
+    hadamard_write_back_reference_(expected, index, r, alpha=-0.5, beta=0.9)
+    assert torch.equal(r, hadamard_down_reference(m, index)) and torch.equal(w, expected)
+    torch.testing.assert_close(hadamard_scores(m, 1), hadamard_scores_reference(m, 1, torch.ones(())))
 
 
 @compiled

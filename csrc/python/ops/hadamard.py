@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ._compiled import COMPILED
+from ._compiled import COMPILED, DEVICES
 from ._samples import Sample
 from .directions import adam_directions_
 from .keys import WHOLE, Key, PartKey, Place, counter_key
 from .rounding import stochastic_round_
 
 __all__ = [
+    "MOST_ROWS_CUDA",
     "carry_",
     "hadamard_adam_",
     "hadamard_adam_reference_",
@@ -27,11 +28,13 @@ __all__ = [
     "powers_of_two",
     "takes_hadamard",
     "takes_hadamard_adam",
+    "transforms_hadamard",
 ]
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _BLOCK = 1 << 20  # elements
 _MOST_ROWS = 1 << 16  # a tile of 4 MiB
+MOST_ROWS_CUDA = (1 << 14) - 1  # whose largest power of two is a tile of 32 KiB
 
 
 def powers_of_two(d: int) -> list[tuple[int, int]]:
@@ -44,15 +47,20 @@ def powers_of_two(d: int) -> list[tuple[int, int]]:
     return cuts
 
 
+def transforms_hadamard(device: torch.device, d: int) -> bool:
+    """Whether columns of d rows are transformed by a compiled op there: on CUDA up to 16383 rows."""
+    return device.type in DEVICES and (device.type == "cpu" or d <= MOST_ROWS_CUDA)
+
+
 def takes_hadamard(m: Tensor, *, weight: bool = False) -> bool:
-    """Whether a compiled op runs on this matrix (d x k): float32 on the CPU, with rows or columns contiguous; a weight
-    also in bfloat16 or float16, without gaps.
+    """Whether a compiled op runs on this matrix (d x k): float32, with rows or columns contiguous, on CUDA of at most
+    16383 rows; a weight also in bfloat16 or float16, without gaps.
 
     Args:
         m: the matrix.
         weight: whether it is to be written to.
     """
-    if not COMPILED or m.device.type != "cpu" or m.ndim != 2:
+    if m.ndim != 2 or not transforms_hadamard(m.device, m.shape[0]):
         return False
     (d, k), (row, column) = m.shape, m.stride()
     if m.dtype == torch.float32:
@@ -63,7 +71,8 @@ def takes_hadamard(m: Tensor, *, weight: bool = False) -> bool:
 def takes_hadamard_adam(w: Tensor, g: Tensor, m: Tensor, v: Tensor) -> bool:
     """Whether :func:`hadamard_adam_` is compiled for these: on the CPU, float32, of at most 65536 rows."""
     return (
-        w.dtype == m.dtype == v.dtype == torch.float32
+        w.device.type == "cpu"
+        and w.dtype == m.dtype == v.dtype == torch.float32
         and w.shape[0] <= _MOST_ROWS
         and takes_hadamard(w)
         and takes_hadamard(g)
@@ -106,7 +115,7 @@ def hadamard_down(m: Tensor, index: Tensor) -> Tensor:
 
     Args:
         m: M (d x k), float32.
-        index: which (r,), int32, sorted.
+        index: which (r,), int32, sorted (which is checked on the CPU only).
 
     Returns:
         R (r x k), float32 and contiguous; equal bits whatever the order of M in memory.
@@ -425,7 +434,7 @@ def samples(device: str) -> Iterator[Sample]:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
 
-    for d, k in ((1, 1), (12, 5), (37, 16), (64, 3), (1376, 37), (512, 80), (16384, 17)):
+    for d, k in ((1, 1), (12, 5), (37, 16), (64, 3), (1376, 37), (512, 80), (8200, 17)):
         index = torch.randperm(d, generator=generator)[: max(1, d // 3)].sort().values.int().to(device)
         for by_columns in (False, True):
             what = f"{d} x {k}, {'columns' if by_columns else 'rows'} contiguous"
@@ -455,7 +464,9 @@ def samples(device: str) -> Iterator[Sample]:
             alpha, beta = (torch.tensor(x, dtype=torch.float64) for x in (-0.1, 0.99))
             keyed = (laid_out(normal(d, k)), index, u, alpha, beta, None, 0, *WHOLE)
             yield Sample("hadamard_write_back_keyed_", what, keyed, _keyed_reference)
-            ages = torch.randint(0, 300, (len(index),), generator=generator, dtype=torch.int32).to(device)
+            if device != "cpu":  # elsewhere Adam's step has no kernel of its own
+                continue
+            ages = torch.randint(0, 300, (len(index),), generator=generator, dtype=torch.int32)
             for norm, carry in ((0, False), (1, False), (1, True), (2, True)):
                 one = (laid_out(normal(d, k)), m, normal(*u.shape), normal(*u.shape).square(), ages, index)
                 yield Sample(
