@@ -23,6 +23,7 @@ extensions = [
 ]
 myst_enable_extensions = ["attrs_block", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
+autodoc_default_options = {"exclude-members": "axes, projections, shares, transports"}  # for those who write a method
 autodoc_member_order = "bysource"
 autosummary_generate = False
 default_role = "code"
