@@ -11,7 +11,9 @@ PAGE = Path(__file__).parents[2] / "docs/integrations.md"
 
 def recipe(name):
     """The class of this name, from the page."""
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    blocks = re.findall(
+        r"^```(?:python|{code-block} python)\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
     (code,) = (block for block in blocks if f"class {name}(" in block)
     namespace = {}
     exec(code, namespace)
