@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cases import assert_equal, weights
-from slimstate.optim import create, in_backward
+from slimstate.optim import LISA, create, in_backward
 from small import batch, llama
 
 accelerate = pytest.importorskip("accelerate")
@@ -98,3 +98,33 @@ def test_a_step_that_overflows_is_skipped_and_said_to_be():
             plain.step()
     assert scaler.get_scale() == 4.0
     assert_equal(weights(model), weights(other))  # scaled by powers of two
+
+
+def test_a_scaler_is_refused_in_the_per_layer_mode():
+    accelerate.Accelerator(cpu=True)
+    model = llama()
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer = create("galore_adamw", model)
+    in_backward(optimizer, early_bases=True)
+    optimizer = accelerate.optimizer.AcceleratedOptimizer(optimizer, scaler=scaler)
+    scaler.scale(model(**batch(0)).loss).backward()
+    with pytest.raises(RuntimeError, match="GradScaler does not see gradients that were projected"):
+        optimizer.step()
+
+
+def test_a_sampler_is_saved_with_the_rest(tmp_path):
+    runs = []
+    for _ in range(2):
+        accelerator, *run = prepared("adamw")
+        sampler = LISA(accelerator.unwrap_model(run[0]), run[1].optimizer, active=1, interval=4)
+        sampler.attach()
+        accelerator.register_for_checkpointing(sampler)
+        runs.append((accelerator, *run))
+        if len(runs) == 1:
+            train(*runs[0], 0, 3)
+            accelerator.save_state(tmp_path)
+            train(*runs[0], 3, 6)
+    accelerator.load_state(tmp_path)
+    train(*runs[1], 3, 6)
+    assert_equal(weights(runs[0][1]), weights(runs[1][1]))
+    assert_equal(runs[0][2].state_dict(), runs[1][2].state_dict())
