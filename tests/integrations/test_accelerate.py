@@ -59,8 +59,15 @@ def test_a_prepared_loop_is_the_plain_one(per_layer):
     assert run[2].param_groups[0]["lr"] == 1e-2 / 4
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["adamw", "galore_adamw_8bit", "frugal"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("galore_adamw_8bit", torch.float32),
+        ("frugal", torch.bfloat16),
+        pytest.param("adamw", torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param("dct_adamw", torch.float32, marks=pytest.mark.slow),
+    ],
+)
 def test_a_saved_state_goes_on_as_if_nothing_had_happened(name, dtype, tmp_path):
     accelerator, *whole = prepared(name, dtype)
     train(accelerator, *whole, 0, 3)

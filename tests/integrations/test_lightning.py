@@ -79,8 +79,15 @@ def test_a_fit_is_the_plain_loop(per_layer, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["adamw", "galore_adamw_8bit", "frugal"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("galore_adamw_8bit", torch.float32),
+        ("frugal", torch.bfloat16),
+        pytest.param("adamw", torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param("dct_adamw", torch.float32, marks=pytest.mark.slow),
+    ],
+)
 def test_a_fit_goes_on_from_a_checkpoint_as_if_nothing_had_happened(name, dtype, tmp_path):
     modules, trainers = [Counting(name, dtype=dtype), Counting(name, dtype=dtype)], []
     for module, resume in zip(modules, (None, tmp_path / "epoch=0.ckpt"), strict=True):

@@ -49,7 +49,8 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize(("name", "dora"), [*((name, False) for name in OPTIMIZERS), ("adamw", True)])
+@pytest.mark.parametrize("dora", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_adapters_train_and_nothing_else_moves_or_has_state(name, dora):
     model = adapted(use_dora=dora)
     before = copies(model)

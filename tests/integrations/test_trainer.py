@@ -9,8 +9,8 @@ from small import llama, recipe, sentences
 
 transformers = pytest.importorskip("transformers")
 
-NAMES = ["adamw", "galore_adamw", "frugal", "dct_adamw"]
-OTHERS = ["adamw_8bit", "galore_adamw_8bit", "galore_adafactor", "gradnormlorp", "adamp", "sgdp"]
+NAMES = ["adamw", "galore_adamw_8bit"]
+OTHERS = ["adamw_8bit", "galore_adamw", "galore_adafactor", "gradnormlorp", "frugal", "dct_adamw", "adamp", "sgdp"]
 
 
 def arguments(folder, **settings):
