@@ -10,6 +10,7 @@ from .adafactor import GaLoreAdafactor
 from .adamp import SGDP, AdamP
 from .adamw import AdamW, AdamW8bit
 from .backward import InBackward, in_backward
+from .by_name import create, for_trainer
 from .convert import from_bitsandbytes, from_galore_torch, to_bitsandbytes
 from .dct import DCTAdamW
 from .distributed import shard_placement, share_refreshes
@@ -35,6 +36,8 @@ __all__ = [
     "InBackward",
     "OwLore",
     "ParamGroups",
+    "create",
+    "for_trainer",
     "from_bitsandbytes",
     "from_galore_torch",
     "in_backward",

@@ -31,8 +31,9 @@ Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 COUNTERS = frozenset({"step", "refreshes", "age"})
 
-# What a group may carry beside its optimizer's hyperparameters: torch's own keys, and a name for the reader.
-BOOKKEEPING = frozenset({"params", "param_names", "name", "initial_lr", "nonfinite_steps"})
+# What a group may carry beside its optimizer's hyperparameters: torch's own keys, a name for the reader, and the factor
+# that timm's schedulers set the group's lr by.
+BOOKKEEPING = frozenset({"params", "param_names", "name", "initial_lr", "lr_scale", "nonfinite_steps"})
 
 NONFINITE = ("propagate", "skip", "raise")
 

@@ -262,8 +262,9 @@ class InBackward:
                     raise RuntimeError(
                         f"the gradient of parameter {name} was changed after the backward pass, those that were "
                         "projected during it were not. To clip, use in_backward(optimizer, max_norm=...), and no "
-                        "clip_grad_norm_ (in a Trainer max_grad_norm=0); to drop gradients, optimizer.zero_grad(), and "
-                        "not the model's; DistributedDataParallel does not go with in_backward"
+                        "clip_grad_norm_ (for a Trainer see docs/integrations.md); to drop gradients, "
+                        "optimizer.zero_grad(), and not the model's; DistributedDataParallel does not go with "
+                        "in_backward"
                     )
 
     def finish(self, prepared: list[tuple[Group, Arranged]]) -> None:

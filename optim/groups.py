@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Decision", "ParamGroups", "param_groups", "vocabulary_parameters"]
+__all__ = ["Decision", "ParamGroups", "dense_groups", "param_groups", "vocabulary_parameters"]
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -61,7 +61,8 @@ def param_groups(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     embeddings: str = "dense",
-    rank: int | float = 0.25,
+    decay: str = "all",
+    rank: int | float | None = 0.25,
     **settings: Any,
 ) -> ParamGroups:
     """Splits a model's trainable parameters into projected matrices, other matrices and vectors.
@@ -77,6 +78,7 @@ def param_groups(
         exclude: glob patterns of names that stay dense.
         embeddings: `dense`, or `projected` for embedding tables and an output head over the same vocabulary, which are
             most of the state of a small model or of one with few layers awake.
+        decay: `all`, or `matrices`: then the vectors, that is norms and biases, get `weight_decay` 0.
         rank: the projected groups' rank, as in `GaLoreAdamW`.
         settings: further keys of the projected groups, such as `update_proj_gap`, `scale` or `side`.
 
@@ -86,7 +88,7 @@ def param_groups(
 
     Raises:
         ValueError: if a pattern matches no trainable parameter or stands alone as a string, if `include` names one that
-            has no matrix, if `embeddings` is neither of the two, or if nothing is left to project.
+            has no matrix, if `embeddings` or `decay` is neither of its two, or if nothing is left to project.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(100, 32), nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
@@ -103,6 +105,7 @@ def param_groups(
             raise ValueError(f"{option} must be a list of patterns, got the string {patterns!r}")
     if embeddings not in ("dense", "projected"):
         raise ValueError(f"embeddings must be one of dense, projected, got {embeddings!r}")
+    undecayed = _undecayed(decay)
     found = list(_parameters(model))
     for pattern in (*include, *exclude):
         if not any(fnmatchcase(name, pattern) for name, *_ in found):
@@ -134,11 +137,40 @@ def param_groups(
             {"name": kind, "params": groups[kind]}
             | ({"rank": rank, **settings} if kind.startswith("projected") else {})
             | ({"batch_dims": 1} if kind.endswith("stacks") else {})
+            | (undecayed if kind == "vectors" else {})
             for kind in ("projected", "projected stacks", "dense matrices", "vectors")
             if kind in groups
         ],
         decisions,
     )
+
+
+def dense_groups(model: nn.Module, *, decay: str = "all") -> list[dict[str, Any]]:
+    """A model's trainable parameters, named, as `matrices` and `vectors`, for an optimizer that projects nothing.
+
+    Args:
+        model: any module.
+        decay: as in `param_groups`.
+
+    Raises:
+        ValueError: if `decay` is neither of the two.
+    """
+    undecayed = _undecayed(decay)
+    groups: dict[str, list[tuple[str, Tensor]]] = {"matrices": [], "vectors": []}
+    for name, p, _ in _parameters(model):
+        groups["matrices" if p.ndim >= 2 else "vectors"].append((name, p))
+    return [
+        {"name": kind, "params": params} | (undecayed if kind == "vectors" else {})
+        for kind, params in groups.items()
+        if params
+    ]
+
+
+def _undecayed(decay: str) -> dict[str, float]:
+    """What the group of vectors gets."""
+    if decay not in ("all", "matrices"):
+        raise ValueError(f"decay must be one of all, matrices, got {decay!r}")
+    return {} if decay == "all" else {"weight_decay": 0.0}
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:

@@ -550,7 +550,7 @@ def test_a_hand_on_the_kept_gradients_alone_is_noticed(edit, when):
     if when == "between micro-batches":
         backward(model, 2)
     before = weights(model)
-    with pytest.raises(RuntimeError, match=r"changed after the backward pass.*max_norm=.*max_grad_norm=0"):
+    with pytest.raises(RuntimeError, match=r"changed after the backward pass.*max_norm=.*integrations\.md"):
         optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
     optimizer.zero_grad()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn.utils import parametrizations
 
 import training
-from slimstate.optim import AdamW, GaLoreAdamW, GradNormLoRP, param_groups, state_bytes
+from slimstate.optim import AdamW, GaLoreAdamW, GradNormLoRP, state_bytes
 from slimstate.optim._projected import Matrix
 from slimstate.optim.gradnorm import _radii, _reparametrized
 from slimstate.projections import SVD, matrix_view
@@ -610,47 +610,3 @@ def test_logistic_regression_reaches_the_loss_of_its_minimum(settings, steps):
     start = torch.nn.Parameter(0.1 * torch.randn(8, 16, generator=generator))
     gap = loss(start).item() - loss(best).item()
     assert minimized(loss, start, steps, 0.1, **settings) - loss(best).item() < 2e-3 * gap
-
-
-# Fine-tuning.
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_the_factors_of_a_dora_model_of_peft_train():
-    """The recipe of docs/gradnorm.md."""
-    peft = pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-        initializer_range=0.2,
-    )
-    model = peft.get_peft_model(
-        transformers.LlamaForCausalLM(config),
-        peft.LoraConfig(r=8, lora_alpha=16, use_dora=True, target_modules="all-linear"),
-    )
-    groups = param_groups(model, include=["*lora_[AB].*"], rank=4, scale=4.0)
-    assert all(("lora_A" in d.name or "lora_B" in d.name) == d.projected for d in groups.decisions)
-    assert {d.shape for d in groups.decisions if "magnitude" in d.name} == {(32,), (48,)}
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = GradNormLoRP(groups, lr=1e-2)
-    tokens = torch.arange(64).repeat(2)[torch.arange(4)[:, None] * 7 + torch.arange(24)]  # counting
-    losses = []
-    for _ in range(25):
-        model.zero_grad()
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.3 * losses[0]
-    for name, p in model.named_parameters():
-        assert p.isfinite().all()
-        assert torch.equal(p, before[name]) == ("lora" not in name), name  # the base stands still
-        if "lora_B" in name:
-            assert not before[name].any()
-            assert (row_norms(p) > 0).all()
-            assert (optimizer.state[p]["lengths"] != 0).all()
