@@ -19,6 +19,7 @@ from .gradnorm import GradNormLoRP
 from .groups import ParamGroups, param_groups
 from .layer_sampling import LISA, OwLore, outlier_scores
 from .memory import state_bytes
+from .monitor import Monitor
 
 __all__ = [
     "FRUGAL",
@@ -33,6 +34,7 @@ __all__ = [
     "GaLoreAdamW8bit",
     "GradNormLoRP",
     "InBackward",
+    "Monitor",
     "OwLore",
     "ParamGroups",
     "from_bitsandbytes",
