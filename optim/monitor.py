@@ -27,7 +27,7 @@ __all__ = ["Monitor"]
 
 Writer = Callable[[int, dict[str, float]], object]
 
-SAMPLE = 16384  # entries of a parameter whose change is measured: about 1 % off in the RMS of Gaussian changes
+SAMPLE = 4096  # entries of a parameter whose change is measured: about 1 % off in the RMS of Gaussian changes
 COLUMNS = ["step", "measure", "of", "value"]
 
 # measure -> the axis of its plot
@@ -62,7 +62,7 @@ class Monitor:
       over the matrices;
     - `basis_age`: the steps that a basis has been in use beside the one that made it; the mean over the matrices;
     - `update_rms`: :math:`\sqrt{\mathrm{mean}\,(\Delta W)^2}` of all weights of the group that took the step, decay and
-      rounding included; of large parameters from 16384 entries, drawn anew each time;
+      rounding included; of large parameters from 4096 entries, drawn anew each time;
     - `update_per_lr`: the same divided by the group's learning rate: about 1 for AdamW, its scale for GaLoreAdamW;
     - `skipped_steps`: how many steps gradients of this group have stopped so far because they were not finite, where
       `nonfinite` is not `propagate`.
@@ -125,11 +125,12 @@ class Monitor:
             raise ValueError(f"every must be an int >= 1 (steps), got {every!r}")
         if not isinstance(per_matrix, bool):
             raise ValueError(f"per_matrix must be True or False, got {per_matrix!r}")
-        self.every, self.per_matrix = int(every), per_matrix
+        self.every: int = int(every)
+        self.per_matrix: bool = per_matrix
         self.values: dict[str, float] = {}
-        self._writers = [_writer(x) for x in to]
+        self._writers: list[Writer] = [_writer(x) for x in to]
         self._resume(optimizer)
-        self._handles = [
+        self._handles: list[Any] = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
             optimizer.register_load_state_dict_post_hook(self._resume),
@@ -142,13 +143,15 @@ class Monitor:
         self._handles.clear()
 
     def _resume(self, optimizer: torch.optim.Optimizer) -> None:
-        steps = [int(state["step"]) for state in optimizer.state.values() if "step" in state]
+        steps = map(_own_step, optimizer.state.values())
         self.step = max(steps, default=0) + max(group.get("nonfinite_steps", 0) for group in optimizer.param_groups)
         # Of refreshes since the last report: parameter -> tensors that nobody has waited for.
         self._own: dict[Tensor, Tensor] = {}
         self._overlaps: dict[Tensor, Tensor] = {}
         self._refreshed: dict[Tensor, int] = {}  # parameter -> its own step
-        self._due: dict[Tensor, tuple[list[int], Tensor | None, bool]] = {}
+        self._places: list[tuple[Group, dict[Tensor, int]]] = []  # as they were at the last report
+        # During a step: whose bases may change, and what they were; entries of weights, and which.
+        self._due: dict[Tensor, tuple[Group, list[int], Tensor | None, bool]] = {}
         self._sampled: dict[Tensor, tuple[int, Tensor, Tensor | None]] = {}
 
     def _reports(self, step: int) -> bool:
@@ -161,43 +164,51 @@ class Monitor:
     def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Keeps what the step is about to change."""
         step = self.step + 1
-        report = 1 if step == 1 else -(-step // self.every) * self.every
-        self._due, self._sampled = {}, {}
-        for group in optimizer.param_groups if isinstance(optimizer, ProjectedOptimizer) else ():
-            places = optimizer._places(group)
+        self._due = self._about_to_change(optimizer, step) if isinstance(optimizer, ProjectedOptimizer) else {}
+        self._sampled, drawn = {}, {}
+        for p in _parameters(optimizer) if self._reports(step) else ():
+            if (n := local(p).numel()) > SAMPLE and (n, p.device) not in drawn:
+                generator = torch.Generator().manual_seed(step)
+                drawn[n, p.device] = torch.randint(n, (SAMPLE,), generator=generator).sort().values.to(p.device)
+            index, state = drawn.get((n, p.device)), optimizer.state.get(p, {})
+            self._sampled[p] = _own_step(state), _entries(p, state, index), index
+
+    def _about_to_change(
+        self, optimizer: ProjectedOptimizer, step: int
+    ) -> dict[Tensor, tuple[Group, list[int], Tensor | None, bool]]:
+        if self._reports(step) or not self._places:
+            self._places = [(group, optimizer._places(group)) for group in optimizer.param_groups]
+        report, found = 1 if step == 1 else -(-step // self.every) * self.every, {}
+        for group, places in self._places:
             gap = group["update_proj_gap"]
-            last = report < step + gap
+            last = report < step + gap  # of the refreshes before the report
             for p, place in places.items():
                 state = optimizer.state.get(p, {})
+                scheduled = due(_own_step(state) + 1, place, len(places), gap)
+                if not scheduled and p in self._refreshed:
+                    continue
                 counts = _refreshes(state)
                 fitted = bool(counts) and all(counts)
-                if not fitted or due(_own_step(state) + 1, place, len(places), gap):
-                    self._due[p] = counts, _basis(p, state) if fitted and last else None, last
-        if self._reports(step):
-            generator = torch.Generator().manual_seed(step)
-            for p in _parameters(optimizer):
-                index, n = None, local(p).numel()
-                if n > SAMPLE:
-                    index = torch.randint(n, (SAMPLE,), generator=generator).to(p.device)
-                state = optimizer.state.get(p, {})
-                self._sampled[p] = _own_step(state), _entries(p, state, index), index
+                if scheduled or not fitted:
+                    found[p] = group, counts, _basis(p, state) if fitted and last else None, last
+        return found
 
     @torch.compiler.disable
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Measures what has changed, and reports where it is time."""
         self.step += 1
-        for group in optimizer.param_groups if isinstance(optimizer, ProjectedOptimizer) else ():
-            for p in [p for p in group["params"] if p in self._due]:
-                counts, old, last = self._due[p]
-                state = optimizer.state.get(p, {})
-                now = _refreshes(state)
-                if not now or (counts and any(a == b for a, b in zip(now, counts, strict=True))):
-                    continue
-                self._refreshed[p] = _own_step(state)
-                if last and p.grad is not None:
-                    self._own[p] = _energies(optimizer, p, group)
-                if old is not None:
-                    self._overlaps[p] = _overlap(optimizer, p, group, old)
+        for p, (group, counts, old, last) in self._due.items():
+            assert isinstance(optimizer, ProjectedOptimizer)
+            state = optimizer.state.get(p, {})
+            now = _refreshes(state)
+            if not now or (counts and any(a == b for a, b in zip(now, counts, strict=True))):
+                continue
+            self._refreshed[p] = _own_step(state)
+            if last and p.grad is not None:
+                self._own[p] = _energies(optimizer, p, group)
+            if old is not None:
+                self._overlaps[p] = _overlap(optimizer, p, group, old)
         self._due = {}
         if self._reports(self.step):
             self._report(optimizer)
@@ -401,8 +412,7 @@ def _entries(p: Tensor, state: State, index: Tensor | None) -> Tensor:
     x, low = local(p.detach()), state.get("compensation")
     low = None if low is None else local(low)
     if index is not None:
-        at = torch.unravel_index(index, x.shape)
-        x, low = x[at], None if low is None else low[at]
+        x, low = x.take(index), None if low is None else low.take(index)
     return widen(x, low, compute_dtype(p.dtype))
 
 
@@ -421,7 +431,7 @@ def _refreshes(state: State) -> list[int]:
 
 
 def _own_step(state: State) -> int:
-    return int(state["step"]) if "step" in state else 0
+    return int(state["step"].item()) if "step" in state else 0
 
 
 def _parameters(optimizer: torch.optim.Optimizer, *, frozen: bool = False) -> Iterable[Tensor]:
@@ -463,7 +473,7 @@ def _writer(to: Any) -> Writer:
 
         return write
     if callable(to):
-        return to  # type: ignore[no-any-return]
+        return to
     raise TypeError(f"values go to a path, a SummaryWriter or a function of step and values, got {type(to).__name__}")
 
 
@@ -477,11 +487,12 @@ class _Csv:
             _rows(path)
 
     def __call__(self, step: int, values: dict[str, float]) -> None:
-        new = [[step, *name.split("/", 1), value] for name, value in values.items()]
-        if self.last is None or step <= self.last:  # of a run that is begun again or goes on from before
+        new: list[list[Any]] = [[step, *name.split("/", 1), value] for name, value in values.items()]
+        over = self.last is None or step <= self.last  # of a run that is begun again or goes on from before
+        if over:
             rows = _rows(self.path) if self.path.exists() else []
-            new = [COLUMNS, *(row for row in rows if int(row[0]) < step), *new]
-        with self.path.open("w" if new and new[0] is COLUMNS else "a", newline="") as file:
+            new = [list(COLUMNS), *(row for row in rows if int(row[0]) < step), *new]
+        with self.path.open("w" if over else "a", newline="") as file:
             csv.writer(file).writerows(new)
         self.last = step
 
