@@ -12,6 +12,7 @@ from .adamw import AdamW, AdamW8bit
 from .backward import InBackward, in_backward
 from .convert import from_bitsandbytes, from_galore_torch, to_bitsandbytes
 from .dct import DCTAdamW
+from .differences import UpdateSparsity, intruder_dimensions, update_sparsity
 from .distributed import shard_placement, share_refreshes
 from .frugal import FRUGAL
 from .galore import GaLoreAdamW, GaLoreAdamW8bit
@@ -37,13 +38,16 @@ __all__ = [
     "Monitor",
     "OwLore",
     "ParamGroups",
+    "UpdateSparsity",
     "from_bitsandbytes",
     "from_galore_torch",
     "in_backward",
+    "intruder_dimensions",
     "outlier_scores",
     "param_groups",
     "shard_placement",
     "share_refreshes",
     "state_bytes",
     "to_bitsandbytes",
+    "update_sparsity",
 ]
