@@ -6,16 +6,17 @@ import fully_sharded
 from world import world
 
 EXPERTS = {"experts": 3}
-ROWS = [
-    ("GaLoreAdamW, svd, rotate", fully_sharded.by_rows, None),
+ALWAYS = [
     ("GaLoreAdamW, svd, rotate", fully_sharded.by_columns, None),
-    ("GaLoreAdamW, svd, rotate", fully_sharded.experts_alone, EXPERTS),
     ("FRUGAL, columns", fully_sharded.by_rows, None),
-    ("DCTAdamW, every third", fully_sharded.by_columns, None),
     ("GradNormLoRP, svd, rotate", fully_sharded.by_columns, None),
+    ("GaLoreAdamW, svd, rotate", fully_sharded.experts_alone, EXPERTS),
+]
+SLOW = [
     ("AdamW", fully_sharded.by_rows, None),
+    ("DCTAdamW, every third", fully_sharded.by_columns, None),
     *(
-        pytest.param(name, divide, sizes, marks=pytest.mark.slow)
+        (name, divide, sizes)
         for name in ("GaLoreAdamW, random, reset", "GaLoreAdafactor, beta1", "DCTAdamW, every step")
         for divide, sizes in (
             (fully_sharded.by_rows, None),
@@ -24,6 +25,7 @@ ROWS = [
         )
     ),
 ]
+ROWS = ALWAYS + [pytest.param(*row, marks=pytest.mark.slow) for row in SLOW]
 
 
 @pytest.mark.parametrize(("name", "divide", "sizes"), ROWS)
