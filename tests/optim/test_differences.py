@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from slimstate.optim import intruder_dimensions, update_sparsity
 
-
 SIGNS = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1]], dtype=torch.float64)
 
 
@@ -79,7 +78,7 @@ def test_values_out_of_range_are_refused():
             intruder_dimensions(w, w, **{name: value})
     with pytest.raises(ValueError, match="tolerance must be a number >= 0, got -1"):
         update_sparsity(w, w, tolerance=-1)
-    with pytest.raises(ValueError, match="'w' is torch.float32 before and torch.bfloat16 after"):
+    with pytest.raises(ValueError, match=r"'w' is torch\.float32 before and torch\.bfloat16 after"):
         update_sparsity(w, {"w": w["w"].bfloat16()})
     with pytest.raises(ValueError, match="there are no weights to compare"):
         update_sparsity({}, {})
