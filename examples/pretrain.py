@@ -44,6 +44,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from corpus import EMBEDDED, Batches, Corpus, CorpusError, load_corpus, replacing
 from optimizers import RECIPES, Recipe, held_bytes, projected_matrices, refreshes
 from report import write_report
+from slimstate.optim import Monitor
 from slimstate.optim.layer_sampling import LayerSampler
 
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
@@ -136,6 +137,9 @@ def parse_arguments() -> argparse.Namespace:
 
     add("--eval-every", type=count, metavar="STEPS", help="on all held-out text (default: a tenth of the steps)")
     add("--save-every", type=count, metavar="STEPS", help="(default: a tenth of the steps)")
+    add(
+        "--monitor", type=count, metavar="STEPS", help="measure the optimizer every so many steps: monitor.csv and .png"
+    )
     add("--out", type=Path, metavar="FOLDER", help="(default: runs/PRESET)")
     add("--fresh", action="store_true", help="start over, whatever is in --out")
     add("--fsdp", action="store_true", help="divide model and state over torchrun's processes (FSDP2)")
@@ -414,6 +418,10 @@ def train(name: str, args: argparse.Namespace, corpus: Corpus, device: torch.dev
         f"{', each with a part of the model' if args.fsdp else ''}"
     )
 
+    if args.monitor:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        Monitor(optimizer, *[run.folder / "monitor.csv"] * (number == 0), every=args.monitor)
+
     batches = Batches(corpus.train, args.seq, args.batch, args.seed)
     parallel = model
     if world > 1 and not args.fsdp:
@@ -459,6 +467,8 @@ def train(name: str, args: argparse.Namespace, corpus: Corpus, device: torch.dev
                 run.save()
             if stop:
                 return False
+    if args.monitor and number == 0:
+        Monitor.plot(run.folder / "monitor.csv").savefig(run.folder / "monitor.png", dpi=100)
     return True
 
 

@@ -13,6 +13,7 @@ from .backward import InBackward, in_backward
 from .by_name import create, for_trainer
 from .convert import from_bitsandbytes, from_galore_torch, to_bitsandbytes
 from .dct import DCTAdamW
+from .differences import UpdateSparsity, intruder_dimensions, update_sparsity
 from .distributed import shard_placement, share_refreshes
 from .frugal import FRUGAL
 from .galore import GaLoreAdamW, GaLoreAdamW8bit
@@ -20,6 +21,7 @@ from .gradnorm import GradNormLoRP
 from .groups import ParamGroups, param_groups
 from .layer_sampling import LISA, OwLore, outlier_scores
 from .memory import state_bytes
+from .monitor import Monitor
 
 __all__ = [
     "FRUGAL",
@@ -34,17 +36,21 @@ __all__ = [
     "GaLoreAdamW8bit",
     "GradNormLoRP",
     "InBackward",
+    "Monitor",
     "OwLore",
     "ParamGroups",
+    "UpdateSparsity",
     "create",
     "for_trainer",
     "from_bitsandbytes",
     "from_galore_torch",
     "in_backward",
+    "intruder_dimensions",
     "outlier_scores",
     "param_groups",
     "shard_placement",
     "share_refreshes",
     "state_bytes",
     "to_bitsandbytes",
+    "update_sparsity",
 ]

@@ -39,6 +39,7 @@ __all__ = [
     "Task",
     "counts_apart",
     "due",
+    "matrix_of",
     "rotated",
     "tasks_of",
     "view_of",
@@ -181,6 +182,9 @@ class ProjectedOptimizer(Optimizer):
     def _dense_step_(self, entries: list[Entry], group: Group) -> None:
         """Updates the parameters that are not projected."""
         adamw_step_(entries, group)
+
+    def _inform(self, matrices: list[Matrix]) -> None:
+        """Puts into their dicts what has to be known of other processes' parts before `_fitted_to`."""
 
     def _fitted_to(self, matrix: Matrix, group: Group, j: int) -> Tensor:
         """What the basis of matrix j of the stack is fitted to (d x k)."""
@@ -472,7 +476,7 @@ class ProjectedOptimizer(Optimizer):
         for x in entries:
             if x.param not in places:
                 continue
-            matrix = _matrix(x, projection, group)
+            matrix = matrix_of(x, projection, group)
             matrices.append(matrix)
             if x.gradient is not None:
                 step = int(x.state["step"])  # at the first, a basis that is there already is one of this gradient
@@ -675,7 +679,8 @@ def _usable(largest: float) -> bool:
     return torch.finfo(torch.float32).tiny <= largest < math.inf
 
 
-def _matrix(x: Entry, projection: Projection, group: Group) -> Matrix:
+def matrix_of(x: Entry, projection: Projection, group: Group) -> Matrix:
+    """A parameter that is projected, seen as a matrix."""
     view = view_of(projection, tuple(x.p.shape), group["batch_dims"]) if x.part is None else x.part.here
     return Matrix(x.param, x.part, x.p, x.gradient, x.state, x.step, x.draw, view)
 

@@ -126,12 +126,16 @@ class GradNormLoRP(GaLoreAdamW):
 
     def _refresh_all(self, matrices: list[tuple[Matrix, bool]], group: Group, projection: Projection) -> None:
         """As ProjectedOptimizer's, after what processes with other columns of a row know of it."""
-        split = [x for x, _ in matrices if _is_split(x)]
+        self._inform([x for x, _ in matrices])
+        super()._refresh_all(matrices, group, projection)
+
+    def _inform(self, matrices: list[Matrix]) -> None:
+        """Norms of rows, and their products with gradients, that are sums over processes."""
+        split = [x for x in matrices if _is_split(x)]
         sums = [_over_columns(x) for x in split]
         _total_(split, sums)
         for x, of in zip(split, sums, strict=True):
             x.state[NORMS], x.state[PRODUCTS] = of[0].sqrt(), of[1]  # in this step's dict alone
-        super()._refresh_all(matrices, group, projection)
 
     def _arranged(self, group: Group, entries: list[Entry]) -> Arranged:
         """As ProjectedOptimizer's, but rows whose norms are sums over processes are updated together."""

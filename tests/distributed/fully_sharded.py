@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from cases import CASES, build
+from slimstate.optim import Monitor
 
 TOKENS, LENGTH, BATCH = 11, 12, 12  # a batch that 2, 3 and 4 processes divide alike
 
@@ -229,6 +230,22 @@ def trains_as_one(name, divide, steps=6, dtype=torch.float64, sizes=None, swap=F
         optimizer.step()
         reference.step()
     return distance(net, alone, start)
+
+
+def monitored(name, divide, sizes=None):
+    """What Monitors report of these processes' training, and of one that trains with all of each batch."""
+    net, alone = (network(torch.float64, **(sizes or {})) for _ in range(2))
+    rank, size = divide(net)
+    optimizers = [build(name, groups_of(x, name)) for x in (net, alone)]
+    reports = [], []
+    for optimizer, kept in zip(optimizers, reports, strict=True):
+        Monitor(optimizer, lambda step, values, kept=kept: kept.append((step, values)), every=2, per_matrix=True)
+    for i in range(5):
+        backward(net, i, rank, size)
+        backward(alone, i)
+        for optimizer in optimizers:
+            optimizer.step()
+    return reports
 
 
 def backward_in_bfloat16(net, i, size):
