@@ -1,20 +1,18 @@
 """Text for a language model: read, split, tokenized, cached, and cut into batches."""
 
-import contextlib
 import gzip
 import hashlib
 import lzma
 import math
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import tokenizers
 import torch
 from torch import Tensor
+
+from shared import replacing
 
 EMBEDDED = Path(__file__).parent / "data" / "embedded.txt.xz"
 
@@ -190,25 +188,6 @@ def train_tokenizer(text: str, vocab: int) -> tokenizers.Tokenizer:
 def _encode(tokenizer: tokenizers.Tokenizer, text: str) -> np.ndarray:
     encodings = tokenizer.encode_batch_fast(text.splitlines(keepends=True))
     return np.concatenate([np.array(e.ids, np.int32) for e in encodings])
-
-
-@contextlib.contextmanager
-def replacing(file: Path) -> Iterator[BinaryIO]:
-    """Opens a file for writing that is either whole or as it was, whatever interrupts it, a loss of power included."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
-        if os.name == "posix":  # the new name is on the disk when its folder is
-            folder = os.open(file.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------- batches

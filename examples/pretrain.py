@@ -7,7 +7,7 @@
 
 Under torchrun every process has a copy of the model, or with --fsdp a part of it and of the optimizer's state. Ctrl-C
 saves; the same command goes on. Beside this file: `corpus.py` makes batches of a text, `optimizers.py` makes
-optimizers by name, `report.py` draws the table and the plot.
+optimizers by name, `report.py` draws the table and the plot, `shared.py` has what the other scripts use as well.
 """
 
 import argparse
@@ -41,9 +41,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from corpus import EMBEDDED, Batches, Corpus, CorpusError, load_corpus, replacing
+from corpus import EMBEDDED, Batches, Corpus, CorpusError, load_corpus
 from optimizers import RECIPES, Recipe, held_bytes, projected_matrices, refreshes
 from report import write_report
+from shared import count, learning_rate, positive, rank, replacing, share, synchronize
 from slimstate.optim.layer_sampling import LayerSampler
 
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
@@ -167,32 +168,6 @@ def parse_arguments() -> argparse.Namespace:
     if args.batch % (parts := args.accumulate * int(os.environ.get("WORLD_SIZE", 1))):
         parser.error(f"a batch of {args.batch} cannot be split into {parts} equal parts (--accumulate x processes)")
     return args
-
-
-def count(text: str) -> int:
-    """An int of at least 1."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
-
-
-def positive(text: str) -> float:
-    """A finite float above 0."""
-    if not 0 < (value := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return value
-
-
-def share(text: str) -> float:
-    """A float from 0 to 1."""
-    if not 0 <= (value := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {text}")
-    return value
-
-
-def rank(text: str) -> int | float:
-    """A count, or a share in (0, 1]: `1` is one direction, `1.0` all of them."""
-    return count(text) if text.isdigit() else share(text)
 
 
 def vocabulary(text: str) -> int:
@@ -501,14 +476,6 @@ def shard(model: nn.Module, recipe: Recipe) -> None:
         fully_shard(module, mesh=mesh, shard_placement_fn=recipe.placement)
 
 
-def learning_rate(step: int, steps: int, warmup: float) -> float:
-    """Share of the peak: a linear rise, then half a cosine down to a tenth."""
-    rise = warmup * steps
-    if step < rise:
-        return (step + 1) / (rise + 1)
-    return 0.55 + 0.45 * math.cos(math.pi * (step - rise) / max(1, steps - rise))
-
-
 def shared_corpus(args: argparse.Namespace) -> Corpus:
     """The corpus; the first process tokenizes, the others find it in the cache."""
     number, world = process()
@@ -559,12 +526,6 @@ def timed_step(optimizer: torch.optim.Optimizer, device: torch.device) -> tuple[
     optimizer.step()
     synchronize(device)
     return time.perf_counter() - started, refreshes(optimizer) - before
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for the device, so that what is timed has happened."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @torch.no_grad()

@@ -15,7 +15,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from corpus import Corpus, replacing
+from corpus import Corpus
+from shared import replacing, text_table
 
 # column: how it is written in the text table
 COLUMNS = {
@@ -47,7 +48,7 @@ def write_report(folder: Path, names: list[str], corpus: Corpus) -> str:
     rows = [trigram | {"perplexity": math.exp(trigram["loss"])}]
     rows += [measures(name, run, runs.get("adamw"), corpus) for name, run in runs.items()]
 
-    table = f"{text_table(rows)}\n\n{LEGEND}\n"
+    table = f"{text_table(rows, COLUMNS)}\n\n{LEGEND}\n"
     with replacing(folder / "table.txt") as stream:
         stream.write(table.encode())
     sheet = io.StringIO(newline="")
@@ -91,18 +92,6 @@ def measures(name: str, run: dict[str, Any], adamw: dict[str, Any] | None, corpu
         ]
         row["refresh ms"] = max(0.0, statistics.median(longer))
     return row
-
-
-def text_table(rows: list[dict[str, Any]], columns: dict[str, str] = COLUMNS) -> str:
-    """Columns aligned to the right, all but the first."""
-    cells = [list(columns)]
-    cells += [[form.format(row[key]) if key in row else "-" for key, form in columns.items()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * width for width in widths])
-    lines = []
-    for first, *others in cells:
-        lines.append("  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]))
-    return "\n".join(lines)
 
 
 def plot(runs: dict[str, dict[str, Any]], trigram: float) -> plt.Figure:
