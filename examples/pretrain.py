@@ -1,6 +1,7 @@
 """Pretrains a LLaMA from scratch with one optimizer or with several, and compares them.
 
     python examples/pretrain.py                                     # AdamW and GaLore, a few minutes on two cores
+    python examples/pretrain.py --data my.txt                       # on a text of one's own
     python examples/pretrain.py --preset 60m --data texts/ --compare adamw galore
     torchrun --nproc-per-node 2 examples/pretrain.py --preset 130m --data texts/ --dtype bfloat16
     torchrun --nproc-per-node 2 examples/pretrain.py --preset 1b --data texts/ --fsdp
@@ -48,6 +49,8 @@ from shared import count, learning_rate, positive, rank, replacing, share, synch
 from slimstate.optim.layer_sampling import LayerSampler
 
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
+PASSES = 8  # over a text that is short for its preset; more teach a model the training text by heart
+FEW = 5_000  # held-out tokens, below which a loss says little
 
 
 @dataclass(frozen=True)
@@ -87,12 +90,16 @@ def main() -> int:
     try:
         with processes(args.device) as device:
             corpus = shared_corpus(args)
+            set_schedule(args, corpus)
             for name in args.optimizers:
                 if not train(name, args, corpus, device):
                     say(f"saved in {args.out / name}; the same command goes on from there:\n  {command_line()}")
                     return INTERRUPTED
             if process()[0] == 0:
-                print("\n" + write_report(args.out, args.optimizers, corpus))
+                title = (
+                    f"{data_name(args)}: LLaMA {args.preset}, {args.steps:,} steps of {args.batch} x {args.seq} tokens"
+                )
+                print("\n" + write_report(args.out, args.optimizers, corpus, title))
     except (CorpusError, RunError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         return 2
@@ -122,11 +129,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--update-proj-gap", type=count, metavar="STEPS", help="between two refreshes of a basis (default: 200)")
     add("--scale", type=positive, help="of the steps in the subspace (default: 0.25)")
 
-    add("--data", type=Path, metavar="PATH", default=EMBEDDED, help="a text file, or a folder of them (.xz, .gz too)")
+    add("--data", type=Path, nargs="+", metavar="PATH", help="text files and folders of them (.xz, .gz too)")
     add("--vocab", type=vocabulary, help="size of the BPE vocabulary; 'bytes' for none")
     add("--cache", type=Path, metavar="FOLDER", default=Path(".cache"), help="for token ids (default: .cache)")
 
-    add("--steps", type=count, help="optimizer steps")
+    add("--steps", type=count, help=f"optimizer steps (default: the preset's, and {PASSES} passes over a shorter text)")
     add("--batch", type=count, help="sequences in a step, of all processes together")
     add("--accumulate", type=count, default=1, metavar="PARTS", help="a batch is done in (default: 1)")
     add("--seq", type=count, help="tokens in a sequence")
@@ -137,7 +144,7 @@ def parse_arguments() -> argparse.Namespace:
 
     add("--eval-every", type=count, metavar="STEPS", help="on all held-out text (default: a tenth of the steps)")
     add("--save-every", type=count, metavar="STEPS", help="(default: a tenth of the steps)")
-    add("--out", type=Path, metavar="FOLDER", help="(default: runs/PRESET)")
+    add("--out", type=Path, metavar="FOLDER", help="(default: runs/PRESET, or runs/PRESET-NAME of one's own data)")
     add("--fresh", action="store_true", help="start over, whatever is in --out")
     add("--fsdp", action="store_true", help="divide model and state over torchrun's processes (FSDP2)")
     add("--threads", type=count, help="of the CPU (default: torch's)")
@@ -158,12 +165,12 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--fsdp: {' and '.join(whole)} cannot step on a part of a matrix; leave --fsdp out for it")
 
     preset = PRESETS[args.preset]
-    for option in ("vocab", "seq", "batch", "steps"):
+    for option in ("vocab", "seq", "batch"):
         if getattr(args, option) is None:
             setattr(args, option, getattr(preset, option))
-    args.eval_every = args.eval_every or math.ceil(args.steps / 10)
-    args.save_every = args.save_every or math.ceil(args.steps / 10)
-    args.out = args.out or Path("runs", args.preset)
+    own = args.data[0].resolve().name.split(".")[0] if args.data else ""
+    args.out = args.out or Path("runs", f"{args.preset}-{own}" if own else args.preset)
+    args.data = args.data or [EMBEDDED]
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.batch % (parts := args.accumulate * int(os.environ.get("WORLD_SIZE", 1))):
         parser.error(f"a batch of {args.batch} cannot be split into {parts} equal parts (--accumulate x processes)")
@@ -482,6 +489,7 @@ def shared_corpus(args: argparse.Namespace) -> Corpus:
     if number > 0:
         dist.barrier()
     started = time.perf_counter()
+    say(f"reading {data_name(args)}")
     corpus, skipped = load_corpus(args.data, args.vocab, args.cache)
     if world > 1 and number == 0:
         dist.barrier()
@@ -489,10 +497,29 @@ def shared_corpus(args: argparse.Namespace) -> Corpus:
         what = "1 file is" if len(skipped) == 1 else f"{len(skipped)} files are"
         say(f"left out: {what} not UTF-8 text, such as {skipped[0]}")
     say(
-        f"{args.data}: {len(corpus.train):,} tokens to train on, {len(corpus.valid):,} held out, vocabulary "
+        f"{len(corpus.train):,} tokens to train on, {len(corpus.valid):,} held out, vocabulary "
         f"{corpus.vocab:,}, {corpus.bytes_per_token:.2f} bytes a token ({time.perf_counter() - started:.1f} s)"
     )
     return corpus
+
+
+def data_name(args: argparse.Namespace) -> str:
+    """Of all files and folders that the text comes from."""
+    return " ".join(map(str, args.data))
+
+
+def set_schedule(args: argparse.Namespace, corpus: Corpus) -> None:
+    """Fills in what depends on how long the text is."""
+    if args.steps is None:
+        args.steps = PRESETS[args.preset].steps
+        enough = max(1, PASSES * len(corpus.train) // (args.batch * args.seq))
+        if enough < args.steps:
+            say(f"a short text: {enough:,} steps, {PASSES} passes, for the preset's {args.steps:,} (see --steps)")
+            args.steps = enough
+    if len(corpus.valid) < FEW:
+        say(f"only {len(corpus.valid):,} tokens are held out: differences of a few percent between losses mean nothing")
+    args.eval_every = args.eval_every or math.ceil(args.steps / 10)
+    args.save_every = args.save_every or math.ceil(args.steps / 10)
 
 
 def loss_sum(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:

@@ -105,7 +105,8 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(
-        description="Trains a small network with normalisation on images by AdamP beside AdamW, and by SGDP beside SGD."
+        description="Trains a small network with normalisation by AdamP beside AdamW, and by SGDP beside SGD.",
+        epilog="Runs found in --out that were made by the same settings are not made again.",
     )
     add = parser.add_argument
     add("--compare", choices=LEARNING_RATES, nargs="+", default=list(LEARNING_RATES), metavar="NAME")
@@ -230,10 +231,20 @@ def scale_invariant(model: nn.Sequential) -> list[Tensor]:
 
 def train(name: str, seed: int, args: argparse.Namespace, task: Task) -> dict[str, Any]:
     """Trains with one optimizer from one seed; returns, and saves, what was measured."""
+    settings = {
+        "optimizer": name,
+        "lr": args.lr or LEARNING_RATES[name],
+        "seed": seed,
+        "data": str(args.data or "digits"),
+    }
+    settings |= {key: getattr(args, key) for key in ("steps", "batch", "warmup")}
+    file = args.out / name / f"seed-{seed}.json"
+    if file.exists() and (run := json.loads(file.read_text()))["settings"] == settings:
+        return run
     torch.manual_seed(seed)
     model = make_model(task.classes).to(args.device)
-    invariant, lr = scale_invariant(model), args.lr or LEARNING_RATES[name]
-    optimizer = RECIPES[name].build(model, lr, args)
+    invariant = scale_invariant(model)
+    optimizer = RECIPES[name].build(model, settings["lr"], args)
     scheduler = LambdaLR(optimizer, lambda step: learning_rate(step, args.steps, args.warmup))
     shifts = np.random.default_rng((seed, 1)).integers(2 * SHIFT + 1, size=(args.steps, 2))
     losses, norms, effective_steps, evaluations, step_seconds, seconds = [], [], [], [], [], 0.0
@@ -273,9 +284,7 @@ def train(name: str, seed: int, args: argparse.Namespace, task: Task) -> dict[st
             evaluations.append({"step": len(losses), "loss": held_out, "accuracy": accuracy})
     tqdm.write(f"{name}, seed {seed}: held-out accuracy {accuracy:.2%}, loss {held_out:.4f}", file=sys.stderr)
     run = {
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
-        "lr": lr,
-        "seed": seed,
+        "settings": settings,
         "accuracy": accuracy,
         "loss": held_out,
         "step_seconds": statistics.median(step_seconds),
@@ -285,7 +294,7 @@ def train(name: str, seed: int, args: argparse.Namespace, task: Task) -> dict[st
         "effective_steps": effective_steps,
         "evaluations": evaluations,
     }
-    with replacing(args.out / name / f"seed-{seed}.json") as stream:
+    with replacing(file) as stream:
         stream.write(json.dumps(run).encode())
     return run
 
@@ -325,7 +334,7 @@ def measures(name: str, runs: Runs) -> dict[str, Any]:
     mean = {key: statistics.fmean(run[key] for run in mine) for key in ("accuracy", "loss", "step_seconds", "seconds")}
     row = {
         "run": name,
-        "lr": mine[0]["lr"],
+        "lr": mine[0]["settings"]["lr"],
         "accuracy": mean["accuracy"],
         "loss": mean["loss"],
         "norm": statistics.fmean(run["norms"][-1] for run in mine),

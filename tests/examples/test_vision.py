@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import io
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -117,6 +118,18 @@ def test_the_same_seed_gives_the_same_run(vision: Vision, data: Path, tmp_path: 
     assert code == 0, said
     first, second = runs(tmp_path / "runs" / "vision", "adamp")
     assert first["losses"] == runs(finished, "adamp")[0]["losses"] != second["losses"]
+
+
+def test_runs_of_the_same_settings_are_kept(vision: Vision, data: Path, tmp_path: Path, finished: Path) -> None:
+    out = shutil.copytree(finished, tmp_path / "out")
+    before = {file: file.stat().st_mtime_ns for file in out.glob("*/seed-*.json")}
+    code, said = vision(tmp_path, *MICRO, "--data", data, "--out", "out")
+    assert code == 0, said
+    assert {file: file.stat().st_mtime_ns for file in out.glob("*/seed-*.json")} == before and len(before) == 8
+    assert (out / "table.txt").read_text() == (finished / "table.txt").read_text()
+    code, said = vision(tmp_path, *MICRO, "--data", data, "--out", "out", "--compare", "sgd", "--steps", "2")
+    assert code == 0, said
+    assert len(runs(out, "sgd")[0]["losses"]) == 2
 
 
 def test_length_of_the_weights_that_it_watches_changes_nothing_and_of_others_it_does(script: ModuleType) -> None:
