@@ -504,8 +504,9 @@ def shared_corpus(args: argparse.Namespace) -> Corpus:
 
 
 def data_name(args: argparse.Namespace) -> str:
-    """Of all files and folders that the text comes from."""
-    return " ".join(map(str, args.data))
+    """Where the text comes from, in short."""
+    first, *more = args.data
+    return f"{first.name} and {len(more)} more" if more else first.name
 
 
 def set_schedule(args: argparse.Namespace, corpus: Corpus) -> None:
