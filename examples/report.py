@@ -15,7 +15,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from corpus import Corpus, replacing
+from corpus import Corpus
+from shared import replacing, text_table
 
 # column: how it is written in the text table
 COLUMNS = {
@@ -39,7 +40,7 @@ where no basis changes, or of all where some does in each; refresh ms: what it t
 minutes: training, without evaluations."""
 
 
-def write_report(folder: Path, names: list[str], corpus: Corpus) -> str:
+def write_report(folder: Path, names: list[str], corpus: Corpus, title: str) -> str:
     """Writes table.txt, table.csv and plot.png for finished runs; returns the text table."""
     runs = {name: json.loads((folder / name / "run.json").read_text()) for name in names}
     nats_per_byte = math.log(2) * corpus.bytes_per_token
@@ -47,7 +48,7 @@ def write_report(folder: Path, names: list[str], corpus: Corpus) -> str:
     rows = [trigram | {"perplexity": math.exp(trigram["loss"])}]
     rows += [measures(name, run, runs.get("adamw"), corpus) for name, run in runs.items()]
 
-    table = f"{text_table(rows)}\n\n{LEGEND}\n"
+    table = f"{text_table(rows, COLUMNS)}\n\n{LEGEND}\n"
     with replacing(folder / "table.txt") as stream:
         stream.write(table.encode())
     sheet = io.StringIO(newline="")
@@ -57,7 +58,7 @@ def write_report(folder: Path, names: list[str], corpus: Corpus) -> str:
     with replacing(folder / "table.csv") as stream:
         stream.write(sheet.getvalue().encode())
     with replacing(folder / "plot.png") as stream:
-        plot(runs, trigram["loss"]).savefig(stream, dpi=150)
+        plot(runs, trigram["loss"], title).savefig(stream, dpi=150)
     plt.close()
     files = ", ".join(str(folder / file) for file in ("table.txt", "table.csv", "plot.png"))
     return f"{table}\nwritten to {files}"
@@ -93,21 +94,10 @@ def measures(name: str, run: dict[str, Any], adamw: dict[str, Any] | None, corpu
     return row
 
 
-def text_table(rows: list[dict[str, Any]], columns: dict[str, str] = COLUMNS) -> str:
-    """Columns aligned to the right, all but the first."""
-    cells = [list(columns)]
-    cells += [[form.format(row[key]) if key in row else "-" for key, form in columns.items()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * width for width in widths])
-    lines = []
-    for first, *others in cells:
-        lines.append("  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]))
-    return "\n".join(lines)
-
-
-def plot(runs: dict[str, dict[str, Any]], trigram: float) -> plt.Figure:
+def plot(runs: dict[str, dict[str, Any]], trigram: float, title: str) -> plt.Figure:
     """Loss curves, and beside them what the optimizers keep."""
     figure, (curves, bars) = plt.subplots(1, 2, figsize=(11, 4.5), width_ratios=(2, 1), layout="constrained")
+    figure.suptitle(title)
     last = []
     for i, (name, run) in enumerate(runs.items()):
         progress, color = run["progress"], f"C{i}"
@@ -124,7 +114,7 @@ def plot(runs: dict[str, dict[str, Any]], trigram: float) -> plt.Figure:
         xlabel="step",
         ylabel="loss, nats a token",
         ylim=(min(bottom, *last) - 0.1, max(trigram, *last) * 1.05),
-        title="held out (dots), training (pale)",
+        title="loss held out (dots) and in training (pale)",
     )
     curves.legend(frameon=False)
     curves.grid(alpha=0.3)

@@ -93,7 +93,8 @@ def test_metadata(pure_wheel):
     assert metadata["Version"] == slimstate.__version__
     assert metadata["Requires-Python"] == ">=3.10"
     assert "Apache-2.0" in (metadata["License-Expression"], metadata["License"])
-    assert set(metadata.get_all("Provides-Extra")) == {"8bit", "bench", "check", "docs", "finetune", "pretrain", "test"}
+    extras = {"8bit", "bench", "check", "docs", "finetune", "pretrain", "test", "vision"}
+    assert set(metadata.get_all("Provides-Extra")) == extras
     required = {line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line}
     assert required == {"numpy", "torch>=2.10"}
 

@@ -185,7 +185,7 @@ def test_what_cannot_be_done_is_said(
 
 def test_a_missing_package_is_named(script: ModuleType) -> None:
     with pytest.raises(script.TaskError, match="pip install --no-deps none-such"):
-        script.package("none_such_package", "none-such")
+        script.package("none_such_package", "none-such", "finetune")
 
 
 @pytest.mark.slow
