@@ -35,7 +35,7 @@ __all__ = [
     "weight_spec",
 ]
 
-FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
+FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu", "meta")
 
 
 def check_adam(group: Group) -> None:

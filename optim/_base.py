@@ -295,20 +295,26 @@ class Optimizer(torch.optim.Optimizer):
         """Each group's hyperparameters in this step, and what `_arranged` made of its entries."""
         self._check_gradients()
         self._check_shapes()
-        if self._skips():
-            return []
+        return [] if self._skips() else self._started(compiling=compiling)
+
+    def _started(self, *, compiling: bool) -> list[tuple[Group, Any]]:
+        """As `_prepared`, of gradients that are known to be usable."""
         self._create_states()
         prepared = []
         for group in self.param_groups:
-            params = [p for p in group["params"] if self._gradients(p)]
-            if params:
-                torch._foreach_add_([self.state[p]["step"] for p in params], 1)
-            self._select_states(group, params)
-            entries = [self._entry(p, group, compiling) for p in params]
+            entries = [self._entry(p, group, compiling) for p in self._advanced(group)]
             settings = group | {key: _number(group[key], compiling) for key in SCHEDULED if key in group}
             prepared.append((settings, self._arranged(group, entries)))
         self._exchange(prepared)
         return prepared
+
+    def _advanced(self, group: Group) -> list[Tensor]:
+        """The parameters of a group that take this step, which is counted, and for which their states are complete."""
+        params = [p for p in group["params"] if self._gradients(p)]
+        if params:
+            torch._foreach_add_([self.state[p]["step"] for p in params], 1)
+        self._select_states(group, params)
+        return params
 
     def _entry(self, p: Tensor, group: Group, compiling: bool) -> Entry:
         state, part = self.state[p], self._part(p, group)

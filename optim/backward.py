@@ -15,7 +15,11 @@ from ._adam import is_number
 from ._base import Group, Optimizer
 from ._projected import Arranged, Matrix, ProjectedOptimizer, due
 
-__all__ = ["InBackward", "in_backward"]
+__all__ = ["InBackward", "NeedsWhole", "in_backward"]
+
+
+class NeedsWhole(ValueError):
+    """This optimizer, or this setting of it, cannot work with projected gradients."""
 
 
 def in_backward(
@@ -82,7 +86,7 @@ def in_backward(
     name = type(optimizer).__name__
     if not isinstance(optimizer, ProjectedOptimizer):
         if isinstance(optimizer, Optimizer):
-            raise ValueError(f"{name} projects no gradients: a step of it needs whole ones")
+            raise NeedsWhole(f"{name} projects no gradients: a step of it needs whole ones")
         raise TypeError(f"optimizer must be one of slimstate.optim, got {type(optimizer).__module__}.{name}")
     if max_norm is not None and not (is_number(max_norm) and max_norm > 0):
         raise ValueError(f"max_norm must be None or a number > 0, got {max_norm!r}")
@@ -115,7 +119,7 @@ class InBackward:
         for group in optimizer.param_groups:
             self.check_group(optimizer, group)
         if not any(map(optimizer._places, optimizer.param_groups)):
-            raise ValueError(f"this {type(optimizer).__name__} projects no gradients: everything is selected")
+            raise NeedsWhole(f"this {type(optimizer).__name__} projects no gradients: everything is selected")
         self.max_norm = max_norm
         self.total_norm: Tensor | None = None
         self.reduced: dict[Tensor, tuple[Tensor, ...]] = {}
@@ -160,7 +164,7 @@ class InBackward:
                 )
         projects = any(group[key] is not None for key in optimizer.shares)
         if projects and (reason := optimizer._needs_whole(group)):
-            raise ValueError(f"{type(optimizer).__name__} needs whole gradients: {reason}")
+            raise NeedsWhole(f"{type(optimizer).__name__} needs whole gradients: {reason}")
 
     def watch(self, params: Iterable[Tensor]) -> None:
         """Begins to take the gradients of parameters."""

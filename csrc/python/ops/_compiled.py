@@ -21,3 +21,6 @@ else:
         TARGET += f"; for CUDA {', '.join(names)}"
 
 COMPILED: bool = bool(DEVICES)
+
+# On the meta device ops do nothing: a step there goes the way of a real one, see `slimstate.optim.memory`.
+TAKEN = DEVICES | {"meta"} if COMPILED else DEVICES

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._compiled import COMPILED, DEVICES
+from ._compiled import COMPILED, TAKEN
 from ._samples import Sample
 from .codes import decode_reference, encode_reference_, scale_shape
 from .keys import WHOLE, Key, PartKey, Place, counter_key
@@ -50,7 +50,7 @@ def takes_adamw(x: Dense) -> bool:
     kept = _NUMBERS if x.scales is None else (torch.uint8,)
     tensors = (x.p, x.grad, *moments, *(x.scales or ()), *([] if x.rounding.low is None else [x.rounding.low]))
     return (
-        x.p.device.type in DEVICES
+        x.p.device.type in TAKEN
         and x.p.dtype in _NUMBERS
         and x.grad.dtype in (x.p.dtype, torch.float32)
         and moments[0].dtype == moments[1].dtype

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ._compiled import COMPILED, DEVICES
+from ._compiled import COMPILED, TAKEN
 from ._samples import Sample
 
 __all__ = [
@@ -126,7 +126,7 @@ def encode_(codes: Tensor, scale: Tensor, x: Tensor, *, signed: bool, layout: La
     if not codes.numel():
         scale.zero_()
         return
-    if codes.device.type not in DEVICES:
+    if codes.device.type not in TAKEN:
         encode_reference_(codes, scale, x, signed=signed, layout=layout)
         return
     targets = [y if y.is_contiguous() else torch.empty_like(y, memory_format=_CONTIGUOUS) for y in (codes, scale)]
@@ -156,7 +156,7 @@ def decode(codes: Tensor, scale: Tensor, *, signed: bool, layout: Layout, dtype:
     _check(codes, scale, layout)
     if torch.compiler.is_compiling():
         return torch.ops.slimstate.decode_whole(codes, scale, signed, layout, dtype)
-    if codes.device.type not in DEVICES:
+    if codes.device.type not in TAKEN:
         return decode_reference(codes, scale, signed=signed, layout=layout).to(dtype)
     x = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
     if x.numel():

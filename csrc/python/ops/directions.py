@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ._compiled import COMPILED, DEVICES
+from ._compiled import COMPILED, TAKEN
 from ._samples import Sample
 from .codes import decode, encode_, encode_reference_, scale_shape
 from .keys import WHOLE, Key, PartKey, Place, counter_key
@@ -141,7 +141,7 @@ def _adam_directions_(
 def is_compiled_for(r: Tensor, m: Tensor, v: Tensor) -> bool:
     """Whether the compiled op takes these."""
     return (
-        r.device.type in DEVICES
+        r.device.type in TAKEN
         and r.dtype == torch.float32
         and m.dtype in _MOMENTS
         and m.dtype == v.dtype

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ._compiled import COMPILED, DEVICES
+from ._compiled import COMPILED, TAKEN
 from ._samples import Sample
 from .directions import adam_directions_
 from .keys import WHOLE, Key, PartKey, Place, counter_key
@@ -49,7 +49,7 @@ def powers_of_two(d: int) -> list[tuple[int, int]]:
 
 def transforms_hadamard(device: torch.device, d: int) -> bool:
     """Whether columns of d rows are transformed by a compiled op there: on CUDA up to 16383 rows."""
-    return device.type in DEVICES and (device.type == "cpu" or d <= MOST_ROWS_CUDA)
+    return device.type in TAKEN and (device.type == "cpu" or d <= MOST_ROWS_CUDA)
 
 
 def takes_hadamard(m: Tensor, *, weight: bool = False) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ._compiled import COMPILED, DEVICES
+from ._compiled import COMPILED, TAKEN
 from ._samples import Sample
 
 __all__ = ["scaled_residual_", "scaled_residual_reference_", "sign_residual_", "sign_residual_reference_"]
@@ -135,7 +135,7 @@ def _check(w: Tensor, g: Tensor, **others: Tensor) -> None:
 def _fits(w: Tensor, g: Tensor, *others: Tensor) -> bool:
     """Whether the compiled op takes these."""
     rows = all(x.stride(1) == 1 or x.shape[1] < 2 for x in (w, g, *others))
-    return rows and w.device.type in DEVICES and w.dtype == torch.float32 and g.dtype in _GRADIENTS
+    return rows and w.device.type in TAKEN and w.dtype == torch.float32 and g.dtype in _GRADIENTS
 
 
 if COMPILED:

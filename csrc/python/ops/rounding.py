@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ._compiled import COMPILED, DEVICES
+from ._compiled import COMPILED, TAKEN
 from ._samples import Sample
 from .keys import WHOLE, Key, PartKey, Place, counter_key
 
@@ -67,7 +67,7 @@ def stochastic_round_(out: Tensor, x: Tensor, key: Key, offset: int = 0) -> None
         return
     target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     source = x.contiguous()
-    if out.device.type in DEVICES:
+    if out.device.type in TAKEN:
         torch.ops.slimstate.stochastic_round_(target, source, word, offset, *place)
         torch.autograd.graph.increment_version(target)  # so that a backward that saved it raises
     else:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._compiled import COMPILED, DEVICES
+from ._compiled import COMPILED, TAKEN
 from ._samples import Sample
 from .directions import adam_direction_reference_, corrections
 from .keys import WHOLE, Key, PartKey, Place, counter_key
@@ -77,7 +77,7 @@ def takes_split(x: Split) -> bool:
     """Whether :func:`split_` takes it: whether the op is compiled for it, and its memory contiguous."""
     p, low = x.p, x.rounding.low
     return (
-        p.device.type in DEVICES
+        p.device.type in TAKEN
         and p.dtype in _WEIGHTS
         and x.grad.dtype == p.dtype
         and p.is_contiguous()
@@ -122,7 +122,7 @@ def split_(xs: Sequence[Split], rule: SplitRule) -> None:
         kind = (x.p.device, x.p.dtype, x.first.dtype, x.second is None, *_rounded(x))
         lists.setdefault(kind, []).append(x)
     for (device, *_), some in lists.items():
-        if device.type in DEVICES:
+        if device.type in TAKEN:
             _split_(some, rule)
         else:
             for x in some:

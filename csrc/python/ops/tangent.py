@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._compiled import COMPILED, DEVICES
+from ._compiled import COMPILED, TAKEN
 from ._samples import Sample
 from .keys import WHOLE, Key, PartKey, Place
 
@@ -57,7 +57,7 @@ def tangent_takes(x: Parameter) -> bool:
     """Whether the ops take a parameter: dense memory, at most float32, and a device for which they are compiled."""
     every = (x.weight, x.grad, *x.moments) + (() if x.low is None else (x.low,))
     return (
-        x.weight.device.type in DEVICES
+        x.weight.device.type in TAKEN
         and x.grad.dtype == x.weight.dtype
         and all(y.dtype in KEPT for y in every[: 2 + len(x.moments)])
         and all(y.is_contiguous() for y in every)
