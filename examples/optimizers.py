@@ -49,9 +49,9 @@ class Recipe:
     sharded: bool = True
 
 
-def adamw(model: nn.Module, lr: float, args: Namespace) -> torch.optim.Optimizer:
+def adamw(model: nn.Module, lr: float, args: Namespace, **settings: str) -> torch.optim.Optimizer:
     """Full-rank AdamW."""
-    return AdamW(model.named_parameters(), lr=lr)
+    return AdamW(model.named_parameters(), lr=lr, **settings)
 
 
 def adamp(model: nn.Module, lr: float, args: Namespace) -> torch.optim.Optimizer:
@@ -112,9 +112,9 @@ def gradnorm(model: nn.Module, lr: float, args: Namespace) -> torch.optim.Optimi
     return GradNormLoRP(low_rank_groups(model, args), lr=lr)
 
 
-def dct(model: nn.Module, lr: float, args: Namespace, error_feedback: str | None = None) -> torch.optim.Optimizer:
+def dct(model: nn.Module, lr: float, args: Namespace, **settings: str) -> torch.optim.Optimizer:
     """DCT-AdamW on the linear layers, with a choice of columns in every step."""
-    return DCTAdamW(param_groups(model, rank=args.rank, scale=args.scale), lr=lr, error_feedback=error_feedback)
+    return DCTAdamW(param_groups(model, rank=args.rank, scale=args.scale), lr=lr, **settings)
 
 
 def lisa(model: nn.Module, optimizer: torch.optim.Optimizer, args: Namespace) -> LayerSampler:
@@ -153,6 +153,7 @@ LOW_RANK = ("rank", "update_proj_gap", "scale")
 # (docs/benchmarks/pretrain.md); the others' are those of their kin, or of their papers.
 RECIPES = {
     "adamw": Recipe(adamw, lr_factor=1),
+    "adamw-8bit": Recipe(partial(adamw, moment_dtype="8bit"), lr_factor=1),
     "adamp": Recipe(adamp, lr_factor=1),
     "sgd": Recipe(sgd, lr_factor=30),
     "sgdp": Recipe(sgdp, lr_factor=30),
@@ -165,6 +166,7 @@ RECIPES = {
     "galore-torch": Recipe(galore_torch, lr_factor=4, options=LOW_RANK, sharded=False),
     "gradnorm": Recipe(gradnorm, lr_factor=4, options=LOW_RANK),
     "dct": Recipe(dct, lr_factor=4, options=("rank", "scale")),
+    "dct-hadamard": Recipe(partial(dct, projection="hadamard"), lr_factor=4, options=("rank", "scale")),
     "dct-ef": Recipe(partial(dct, error_feedback="8bit"), lr_factor=4, options=("rank", "scale")),
     "lisa": Recipe(adamw, lr_factor=1, sampler=lisa),
     "owlore": Recipe(galore, lr_factor=4, options=LOW_RANK, sampler=owlore),
