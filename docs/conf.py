@@ -21,11 +21,12 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
 ]
-myst_enable_extensions = ["attrs_block", "colon_fence", "dollarmath"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 autodoc_default_options = {"exclude-members": "axes, projections, shares, transports"}  # for those who write a method
 autodoc_member_order = "bysource"
 autosummary_generate = False
+copybutton_prompt_text = ">>> "
 default_role = "code"
 html_theme = "furo"
 html_title = f"slimstate {release}"
