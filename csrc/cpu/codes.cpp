@@ -49,13 +49,16 @@ inline void look_up_some(float* x, const uint8_t* codes, const float* values) {
 #ifdef SLIMSTATE_AVX2
 
 // Positions among the magnitudes, 0 for 0, are linear within a decade: eight lines, in the order of magnitude, with
-// what lies above `above[i]` on line i + 1 or higher. The eighth is the value 1 alone.
+// what lies above `above[i]` on line i + 1 or higher. The eighth is the value 1 alone. Lines begin lower by `origin`,
+// so that the code is what stands before the point: of the position without a sign, of 127.5 +- it with one.
 struct Lines {
   float above[8], slope[8], start[8];
 };
 
-constexpr float unit = 1 << 15;  // fixed point: positions have 15 bits behind the point
-constexpr int uncertain = 3;     // of these units positions may be off, by rounding here and in the map
+constexpr float unit = 1 << 16;  // fixed point: positions have 16 bits behind the point
+constexpr int uncertain = 6;     // of these units positions may be off, by rounding here and in the map
+
+constexpr double origin(bool with_sign) { return with_sign ? 0.5 : 1; }
 
 constexpr Lines make_lines(bool with_sign) {
   Lines lines{};
@@ -72,10 +75,10 @@ constexpr Lines make_lines(bool with_sign) {
     }
     lines.above[i] = map.between[zero + 2 * parts - 1 - (first - 1)];
     lines.slope[i] = static_cast<float>(slope * unit);
-    lines.start[i] = static_cast<float>(start * unit + uncertain);
+    lines.start[i] = static_cast<float>((start - origin(with_sign)) * unit + uncertain);
   }
   lines.above[7] = std::numeric_limits<float>::infinity();
-  lines.start[7] = (with_sign ? 128.5F : 256.5F) * unit;
+  lines.start[7] = static_cast<float>(((with_sign ? 128.5 : 256.5) - origin(with_sign)) * unit);
   return lines;
 }
 
@@ -92,53 +95,65 @@ void correct_codes(uint8_t* codes, const float* x, const float* divisor, int64_t
   }
 }
 
-// Codes of 32 numbers at a time. Where a position comes so close to the next one that rounding could tell, all 32 are
-// compared with what lies between the values, too.
+// Codes of 32 numbers at a time, four vectors in step. Where a position comes so close to the next one that rounding
+// could tell, all 32 are compared with what lies between the values, too. With `ahead` as many codes of the next block
+// are looked up.
 template <bool with_sign, bool each, bool ahead>
 AVX2_FUNCTION void encode_avx2(uint8_t* codes, const float* x, const float* divisor, int64_t n, const Lookup& next) {
+  constexpr int half = 1 << 15;
   const float* values = maps[with_sign].value;
   const Lines& lines = all_lines[with_sign];
   const __m256 above = _mm256_loadu_ps(lines.above), slope = _mm256_loadu_ps(lines.slope);
-  const __m256 start = _mm256_loadu_ps(lines.start), ends = _mm256_set1_ps(2.248F);  // 8/9 of a decade's parts to 2
-  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)), one = _mm256_set1_ps(divisor[0]);
-  alignas(32) float quotients[code_block];
-  alignas(32) int32_t line[code_block];
-  for (int64_t i = 0; i < n; i += 8) {
-    __m256 a = _mm256_and_ps(_mm256_loadu_ps(x + i), magnitude);
-    a = _mm256_div_ps(a, each ? _mm256_loadu_ps(divisor + i) : one);
-    // The upper half of a number's bits is close enough to its logarithm for the line, or the one below it.
-    __m256i at = _mm256_subs_epu16(_mm256_srli_epi32(_mm256_castps_si256(a), 16), _mm256_set1_epi32(0x3500));
-    at = _mm256_mulhi_epu16(at, _mm256_set1_epi32(159));
-    const __m256 higher = _mm256_cmp_ps(a, _mm256_permutevar8x32_ps(above, at), _CMP_GT_OQ);
-    _mm256_store_ps(quotients + i, a);
-    _mm256_store_si256(reinterpret_cast<__m256i*>(line + i), _mm256_sub_epi32(at, _mm256_castps_si256(higher)));
-    if constexpr (ahead) look_up_some<4>(next.x + i / 2, next.codes + i / 2, values);
-  }
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  const __m256i zero = _mm256_set1_epi16(with_sign ? 127 : -1);
-  const __m256i close = _mm256_set1_epi32((2 * uncertain + 1) << 17);
+  const __m256 start = _mm256_loadu_ps(lines.start), one = _mm256_set1_ps(divisor[0]);
+  // A decade's last value goes on into the next: from 8/9 of its parts a position ends just below twice as many.
+  const __m256 ends = _mm256_set1_ps(2.248F);
+  const __m256 beyond = _mm256_set1_ps(static_cast<float>(1.248 * unit * origin(with_sign)));
+  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  const __m256i in_lane = _mm256_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15,  //
+                                           0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+  const __m256i lanes = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  // Behind the point, in the lower word, two values are equally near at 0, or with a sign at a half, the
+  // least number of 16 bits either way.
+  const __m256i close = _mm256_set1_epi32(with_sign ? -half * 0xffff + 2 * uncertain + 1 : 2 * uncertain + 1);
   for (int64_t i = 0; i < n; i += 32) {
-    __m256i position[4], rest = _mm256_set1_epi32(-1);
-    for (int64_t k = 0; k < 4; ++k) {
-      const __m256i at = _mm256_load_si256(reinterpret_cast<const __m256i*>(line + i + 8 * k));
-      const __m256 from = _mm256_permutevar8x32_ps(start, at);
-      __m256 y = _mm256_fmadd_ps(_mm256_load_ps(quotients + i + 8 * k), _mm256_permutevar8x32_ps(slope, at), from);
-      y = _mm256_min_ps(_mm256_mul_ps(from, ends), y);  // a decade's last value goes on into the next
-      const __m256i fixed = _mm256_cvtps_epi32(y);
-      rest = _mm256_min_epu32(rest, _mm256_slli_epi32(fixed, 17));
-      position[k] = _mm256_srli_epi32(fixed, 15);
-      if (with_sign) {
+    __m256 a[4], from[4], y[4];
+    __m256i at[4];
+    for (int k = 0; k < 4; ++k) {
+      a[k] = _mm256_and_ps(_mm256_loadu_ps(x + i + 8 * k), magnitude);
+      a[k] = _mm256_div_ps(a[k], each ? _mm256_loadu_ps(divisor + i + 8 * k) : one);
+    }
+    // The upper half of a number's bits is close enough to its logarithm for the line, or the one below it.
+    for (int k = 0; k < 4; k += 2) {
+      const __m256i lower = _mm256_srli_epi32(_mm256_castps_si256(a[k]), 16);
+      const __m256i bits = _mm256_blend_epi16(lower, _mm256_castps_si256(a[k + 1]), 0xaa);
+      at[k] = _mm256_mulhi_epu16(_mm256_subs_epu16(bits, _mm256_set1_epi16(0x3500)), _mm256_set1_epi16(159));
+      at[k + 1] = _mm256_srli_epi32(at[k], 16);
+    }
+    if constexpr (ahead) look_up_some<16>(next.x + i, next.codes + i, values);
+    for (int k = 0; k < 4; ++k) {
+      const __m256 higher = _mm256_cmp_ps(a[k], _mm256_permutevar8x32_ps(above, at[k]), _CMP_GT_OQ);
+      at[k] = _mm256_sub_epi32(at[k], _mm256_castps_si256(higher));
+    }
+    for (int k = 0; k < 4; ++k) {
+      from[k] = _mm256_permutevar8x32_ps(start, at[k]);
+      y[k] = _mm256_fmadd_ps(a[k], _mm256_permutevar8x32_ps(slope, at[k]), from[k]);
+    }
+    for (int k = 0; k < 4; ++k) at[k] = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_fmadd_ps(from[k], ends, beyond), y[k]));
+    if constexpr (ahead) look_up_some<16>(next.x + i + 16, next.codes + i + 16, values);
+    __m256i rest = at[0];
+    for (int k = 1; k < 4; ++k) rest = with_sign ? _mm256_min_epi16(rest, at[k]) : _mm256_min_epu16(rest, at[k]);
+    if (with_sign) {
+      for (int k = 0; k < 4; ++k) {
         const __m256i sign = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i + 8 * k));
-        position[k] = _mm256_sign_epi32(position[k], sign);
+        at[k] = _mm256_add_epi32(_mm256_sign_epi32(at[k], sign), _mm256_set1_epi32(255 * half));
       }
     }
-    const __m256i low = _mm256_add_epi16(_mm256_packs_epi32(position[0], position[1]), zero);
-    const __m256i high = _mm256_add_epi16(_mm256_packs_epi32(position[2], position[3]), zero);
-    const __m256i packed = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i), packed);
-    if constexpr (ahead) look_up_some<16>(next.x + (n + i) / 2, next.codes + (n + i) / 2, values);
-    const __m256i certain = _mm256_cmpeq_epi32(_mm256_max_epu32(rest, close), rest);
-    if (_mm256_movemask_epi8(certain) != -1) {
+    const __m256i low = _mm256_blend_epi16(_mm256_srli_epi32(at[0], 16), at[1], 0xaa);
+    const __m256i high = _mm256_blend_epi16(_mm256_srli_epi32(at[2], 16), at[3], 0xaa);
+    const __m256i bytes = _mm256_shuffle_epi8(_mm256_packus_epi16(low, high), in_lane);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i), _mm256_permutevar8x32_epi32(bytes, lanes));
+    const __m256i most = with_sign ? _mm256_max_epi16(rest, close) : _mm256_max_epu16(rest, close);
+    if (_mm256_movemask_epi8(_mm256_cmpeq_epi16(most, rest)) != -1) {
       correct_codes(codes + i, x + i, divisor + (each ? i : 0), each, with_sign);
     }
   }
@@ -158,19 +173,20 @@ bool has_avx2() {
 
 template <bool with_sign, bool each>
 void encode(uint8_t* codes, const float* x, const float* divisor, int64_t n, const Lookup& next) {
-  int64_t done = 0;
+  int64_t done = 0, looked_up = 0;
 #ifdef SLIMSTATE_AVX2
   if (has_avx2()) {
     done = n - n % 32;
-    if (!each && n == code_block && next.n == code_block) {
-      encode_avx2<with_sign, false, true>(codes, x, divisor, n, next);
-      return;
+    if (!each && done <= next.n) {
+      encode_avx2<with_sign, false, true>(codes, x, divisor, done, next);
+      looked_up = done;
+    } else {
+      encode_avx2<with_sign, each, false>(codes, x, divisor, done, next);
     }
-    encode_avx2<with_sign, each, false>(codes, x, divisor, done, {});
   }
 #endif
   nearest_codes(codes + done, x + done, divisor + (each ? done : 0), each, n - done, with_sign);
-  look_up(next, with_sign);
+  look_up({next.x + looked_up, next.codes + looked_up, next.n - looked_up}, with_sign);
 }
 
 }  // namespace
