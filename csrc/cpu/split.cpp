@@ -1,8 +1,7 @@
 // The split step: one pass over W and G for a list of matrices. Kept rows are stretches of memory. Of kept columns a
 // tile of a few rows is gathered, so that each column of it meets its moments, whose memory runs down the columns, as a
-// stretch as well; entries are columns of one long row. What is outside goes first, row by row, which memory likes best:
-// it leaves a copy of the rows as they were, and asks for the next ones, since nothing does so while columns are
-// gathered.
+// stretch as well; entries are columns of one long row. What is outside goes first, row by row, as memory likes it: it
+// leaves a copy of the rows as they were, and asks for the next ones, since nothing does so while columns are gathered.
 #include "split.h"
 
 #include <torch/csrc/stable/library.h>
@@ -13,12 +12,11 @@
 #include <memory>
 #include <vector>
 
-#include "checks.h"
 #include "cpu/clones.h"
 #include "cpu/runs.h"
 
 using slimstate::Key;
-using slimstate::Place;
+using Matrix = slimstate::SplitMatrix;
 using torch::stable::Tensor;
 
 namespace {
@@ -46,18 +44,6 @@ struct Settings {
   slimstate::Adam adam;
 };
 
-struct Matrix {
-  void* w;
-  const void* g;
-  int16_t* low;
-  const int32_t* index;  // `kept` of each of its members, sorted
-  void *m, *v;           // moments of what is kept, or in m its direction
-  int64_t members, rows, columns, kept;
-  slimstate::Bias bias;
-  Key key, first, second;
-  Place place, moments;
-};
-
 // What the random bits of a stretch of weights go by: its elements are number index + i of the whole weight.
 struct Draw {
   Key key;
@@ -74,8 +60,9 @@ struct Beside {
 template <typename Weight, int64_t outer, bool copied>
 inline __attribute__((always_inline)) void outer_loop(typename Weight::Bits* __restrict w, int16_t* __restrict low,
                                                       const typename Weight::Bits* __restrict g,
-                                                      typename Weight::Bits* __restrict old, int16_t* __restrict old_low,
-                                                      int64_t count, slimstate::SplitNumbers numbers, Draw draw) {
+                                                      typename Weight::Bits* __restrict old,
+                                                      int16_t* __restrict old_low, int64_t count,
+                                                      slimstate::SplitNumbers numbers, Draw draw) {
   for (int64_t i = 0; i < count; ++i) {
     int16_t rest = Weight::low ? low[i] : 0;
     if (copied) old[i] = w[i];
@@ -111,8 +98,8 @@ SLIMSTATE_CLONES void outer_run(void* weights, int16_t* low, const void* gradien
   run(i, count - i);
 }
 
-// What is kept: `lines` of `length` elements, `apart` in W and G, `pitch` apart in the moments. Line j begins at element
-// index[j] of the whole weight and places[j] of the whole moments, where random bits go by them.
+// What is kept: `lines` of `length` elements, `apart` in W and G, `pitch` apart in the moments. Line j begins at
+// element index[j] of the whole weight and places[j] of the whole moments, where random bits go by them.
 struct Lines {
   int64_t lines, length, apart, pitch;
   const uint64_t *index, *places;
@@ -430,41 +417,12 @@ void split_(std::vector<Tensor> ps, std::vector<Tensor> grads, std::vector<Tenso
             double eps) {
   const slimstate::SplitKind kind = slimstate::check_split(ps, grads, indices, exp_avgs, exp_avg_sqs, lows, shapes,
                                                            biases, keys, places, moment_keys, moment_places, columns, outer);
-  const auto place = [](const std::vector<int64_t>& from, size_t i) {
-    return Place{static_cast<uint64_t>(from[3 * i]), static_cast<uint64_t>(from[3 * i + 1]),
-                 static_cast<uint64_t>(from[3 * i + 2])};
-  };
-  const auto key = [](const std::vector<int64_t>& from, size_t i) {
-    return slimstate::expand_key(static_cast<uint64_t>(from[i]));
-  };
-  std::vector<Matrix> matrices;
+  const std::vector<Matrix> matrices =
+      slimstate::split_matrices(kind, ps, grads, indices, exp_avgs, exp_avg_sqs, lows, shapes, biases, keys, places,
+                                moment_keys, moment_places);
   std::vector<Job> jobs;
-  for (size_t i = 0; i < ps.size(); ++i) {
-    Matrix x{};
-    if (ps[i].numel() == 0) {
-      matrices.push_back(x);
-      continue;
-    }
-    x.w = ps[i].mutable_data_ptr();
-    x.g = grads[i].const_data_ptr();
-    x.index = static_cast<const int32_t*>(indices[i].const_data_ptr());
-    x.low = kind.low ? static_cast<int16_t*>(lows[i].mutable_data_ptr()) : nullptr;
-    x.m = exp_avgs[i].mutable_data_ptr();
-    x.members = shapes[3 * i];
-    x.rows = shapes[3 * i + 1];
-    x.columns = shapes[3 * i + 2];
-    x.kept = indices[i].numel() / x.members;
-    x.place = kind.random ? place(places, i) : Place{0, UINT64_MAX, 0};
-    if (kind.random) x.key = key(keys, i);
-    if (kind.moments != slimstate::SplitMoments::GIVEN) {
-      x.v = exp_avg_sqs[i].mutable_data_ptr();
-      x.bias = {static_cast<float>(biases[2 * i]), static_cast<float>(biases[2 * i + 1])};
-    }
-    if (kind.moments == slimstate::SplitMoments::BFLOAT16) {
-      x.moments = place(moment_places, i);
-      x.first = key(moment_keys, 2 * i);
-      x.second = key(moment_keys, 2 * i + 1);
-    }
+  for (size_t i = 0; i < matrices.size(); ++i) {
+    const Matrix& x = matrices[i];
     const int64_t width = !columns ? x.columns : x.rows == 1 ? ROW_COLUMNS : TILE_COLUMNS;
     const int64_t height = columns ? TILE_ROWS : std::max<int64_t>(1, JOB / x.columns);
     for (int64_t member = 0; member < x.members; ++member) {
@@ -476,7 +434,6 @@ void split_(std::vector<Tensor> ps, std::vector<Tensor> grads, std::vector<Tenso
         }
       }
     }
-    matrices.push_back(x);
   }
   const Settings settings{
       {static_cast<float>(decay), static_cast<float>(step), static_cast<float>(outside)}, {beta1, beta2, eps}};
