@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "adam.h"
+#include "checks.h"
 #include "codes.h"
 
 namespace slimstate {
@@ -24,10 +25,7 @@ inline CodeRuns check_codes(const char* op, const torch::stable::Tensor& codes, 
   STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float && x.scalar_type() == ScalarType::Float, op,
                   ": scale and x must be float32");
   STD_TORCH_CHECK(codes.is_contiguous() && scale.is_contiguous() && x.is_contiguous(), op, ": all must be contiguous");
-  for (const auto& other : {scale, x}) {
-    STD_TORCH_CHECK(codes.get_device_index() == other.get_device_index() && codes.is_cuda() == other.is_cuda(), op,
-                    ": all must be on one device");
-  }
+  STD_TORCH_CHECK(on_one_device(codes, scale) && on_one_device(codes, x), op, ": all must be on one device");
   const int64_t dims = codes.dim();
   STD_TORCH_CHECK(dims >= (columns ? 2 : 1), op, ": codes have ", dims, " dimensions");
   CodeRuns runs;
@@ -45,10 +43,6 @@ inline CodeRuns check_codes(const char* op, const torch::stable::Tensor& codes, 
   const int64_t scales = runs.outer * blocks_of_run(runs.length) * runs.inner;
   STD_TORCH_CHECK(scale.numel() == scales, op, ": scale has ", scale.numel(), " elements, not ", scales);
   return runs;
-}
-
-inline bool together(const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
-  return a.get_device_index() == b.get_device_index() && a.is_cuda() == b.is_cuda();
 }
 
 // How weights and moments are kept; the stochastic ones need a key.
@@ -141,8 +135,8 @@ inline DenseList check_adamw(const std::vector<torch::stable::Tensor>& ps,
   for (size_t i = 0; i < count; ++i) {
     const int64_t numel = ps[i].numel();
     const auto check = [&](const torch::stable::Tensor& x, ScalarType dtype, const char* what) {
-      STD_TORCH_CHECK(x.scalar_type() == dtype && x.is_contiguous() && x.numel() == numel && together(x, ps[0]), op,
-                      ": ", what, " ", i, " must be contiguous, of the others' dtype and device and of ", numel,
+      STD_TORCH_CHECK(x.scalar_type() == dtype && x.is_contiguous() && x.numel() == numel && on_one_device(x, ps[0]),
+                      op, ": ", what, " ", i, " must be contiguous, of the others' dtype and device and of ", numel,
                       " elements");
     };
     check(ps[i], weight, "parameter");
@@ -160,8 +154,8 @@ inline DenseList check_adamw(const std::vector<torch::stable::Tensor>& ps,
       x.rows = ps[i].dim() > 1 ? ps[i].size(0) : 1;
       x.length = x.rows == 0 ? 0 : numel / x.rows;
       for (const auto& scale : {scales[2 * i], scales[2 * i + 1]}) {
-        STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float && scale.is_contiguous() && together(scale, ps[0]) &&
-                            scale.numel() == x.rows * blocks_of_run(x.length),
+        STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float && scale.is_contiguous() &&
+                            on_one_device(scale, ps[0]) && scale.numel() == x.rows * blocks_of_run(x.length),
                         op, ": scales must be float32, contiguous, and one for each block of 256 in a row");
       }
       x.first_scale = static_cast<float*>(scales[2 * i].mutable_data_ptr());

@@ -463,7 +463,12 @@ class ProjectedOptimizer(Optimizer):
 
     def _places(self, group: Group) -> dict[Tensor, int]:
         """The projected matrices of a group, and the order in which they are refreshed."""
-        return {p: i for i, p in enumerate(p for p in group["params"] if self._is_projected(p, group))}
+
+        def is_projected(p: Tensor) -> bool:  # a state that is there says so, in less time
+            state = self.state.get(p, {})
+            return "refreshes" in state if "step" in state else self._is_projected(p, group)
+
+        return {p: i for i, p in enumerate(p for p in group["params"] if is_projected(p))}
 
     def _arranged(self, group: Group, entries: list[Entry]) -> Arranged:
         """Refreshes the bases that are due, and one that is not there yet."""
@@ -471,24 +476,26 @@ class ProjectedOptimizer(Optimizer):
         if not places:
             return Arranged(entries, [])
         projection = self._projection(group)
-        dense, matrices = [x for x in entries if x.param not in places], []
+        dense: list[Entry] = []
+        matrices: list[Matrix] = []
         due_now: list[tuple[Matrix, bool]] = []
         for x in entries:
-            if x.param not in places:
+            if (place := places.get(x.param)) is None:
+                dense.append(x)
                 continue
             matrix = matrix_of(x, projection, group)
             matrices.append(matrix)
             if x.gradient is not None:
                 step = int(x.state["step"])  # at the first, a basis that is there already is one of this gradient
-                scheduled = step > 1 and due(step, places[x.param], len(places), group["update_proj_gap"])
+                scheduled = step > 1 and due(step, place, len(places), group["update_proj_gap"])
                 due_now.append((matrix, scheduled))
         self._refresh_all(due_now, group, projection)
-        for i, x in enumerate(matrices):
-            if self._in_backward is not None:  # those that kept their gradients too: for the norm, and for compilers
+        if self._in_backward is not None:
+            for i, x in enumerate(matrices):  # those that kept their gradients too: for the norm, and for compilers
                 reduced = self._in_backward.reduced.get(x.param) or self._reduce(x, group, projection)
                 matrices[i] = replace(x, gradient=None, reduced=reduced)
-            if "age" in x.state:
-                x.state["age"] += 1
+        if ages := [x.state["age"] for x in matrices if "age" in x.state]:
+            torch._foreach_add_(ages, 1)
         whole = [x for x in matrices if x.part is None]
         divided = [self._divided(x, group, projection) for x in matrices if x.part is not None]
         lists = [(some, projection) for some in _in_blocks(whole, projection)]
@@ -654,7 +661,8 @@ class Task:
 
 def tasks_of(matrix: Matrix, scheduled: bool) -> list[Task]:
     """The bases that are due of what is here of a matrix or a stack: all as scheduled, else those not there yet."""
-    counts = matrix.state["refreshes"].view(-1).tolist()
+    refreshes = matrix.state["refreshes"]
+    counts = refreshes.tolist() if refreshes.ndim else [refreshes.item()]
     here = list(range(len(counts)))
     if matrix.part is not None and matrix.part.divides("b"):
         here = matrix.part.cut(torch.arange(len(counts)), "b").tolist()
@@ -701,9 +709,8 @@ def _in_blocks(matrices: list[Matrix], projection: Projection) -> Iterator[list[
     some: list[Matrix] = []
     size = 0
     for matrix in matrices:
-        view = matrix.view
-        projected = (*view.lead, projection.rank_of(view.d, view.k), view.k)
-        own = math.prod(projected) * compute_dtype(matrix.p.dtype).itemsize
+        rank = matrix.state[projection.key].shape[-1]
+        own = matrix.p.numel() // matrix.view.d * rank * compute_dtype(matrix.p.dtype).itemsize
         if some and size + own > TOGETHER_BYTES:
             yield some
             some, size = [], 0

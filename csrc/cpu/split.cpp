@@ -1,6 +1,7 @@
 // The split step: one pass over W and G for a list of matrices. Kept rows are stretches of memory. Of kept columns a
 // tile of a few rows is gathered, so that each column of it meets its moments, whose memory runs down the columns, as a
-// stretch as well; entries are columns of one long row.
+// stretch as well; entries are columns of one long row. What is outside goes first, row by row, as memory likes it: it
+// leaves a copy of the rows as they were, and asks for the next ones, since nothing does so while columns are gathered.
 #include "split.h"
 
 #include <torch/csrc/stable/library.h>
@@ -11,12 +12,11 @@
 #include <memory>
 #include <vector>
 
-#include "checks.h"
 #include "cpu/clones.h"
 #include "cpu/runs.h"
 
 using slimstate::Key;
-using slimstate::Place;
+using Matrix = slimstate::SplitMatrix;
 using torch::stable::Tensor;
 
 namespace {
@@ -26,6 +26,11 @@ constexpr int64_t TILE_ROWS = 64;         // a few lines of memory in each colum
 constexpr int64_t TILE_COLUMNS = 512;     // a tile, and what is gathered of it, stay in the second cache
 constexpr int64_t ROW_COLUMNS = 1 << 13;  // of a tile of one row
 constexpr int64_t GROUP = 4;              // rows that are gathered together
+constexpr int64_t STRETCH = 64;           // elements whose successors are asked for together
+constexpr int64_t AHEAD = 1 << 10;        // elements, where rows are kept
+
+template <typename T>
+constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));  // of memory, in elements
 
 #if defined(__GNUC__)
 #define SLIMSTATE_PREFETCH(pointer) __builtin_prefetch(pointer)
@@ -39,32 +44,29 @@ struct Settings {
   slimstate::Adam adam;
 };
 
-struct Matrix {
-  void* w;
-  const void* g;
-  int16_t* low;
-  const int32_t* index;  // `kept` of each of its members, sorted
-  void *m, *v;           // moments of what is kept, or in m its direction
-  int64_t members, rows, columns, kept;
-  slimstate::Bias bias;
-  Key key, first, second;
-  Place place, moments;
-};
-
-// What the random bits of a stretch of weights go by: its elements are number index + i step of the whole weight.
+// What the random bits of a stretch of weights go by: its elements are number index + i of the whole weight.
 struct Draw {
   Key key;
-  uint64_t index, step;
+  uint64_t index;
 };
 
-template <typename Weight, int64_t outer>
-SLIMSTATE_CLONES void outer_run(void* weights, int16_t* low, const void* gradients, int64_t count,
-                                slimstate::SplitNumbers numbers, Draw draw) {
-  using Bits = typename Weight::Bits;
-  auto* w = static_cast<Bits*>(weights);
-  const auto* g = static_cast<const Bits*>(gradients);
+// Where weights are left as they were, if anywhere, and how many elements on lies what comes next.
+struct Beside {
+  void* w;
+  int16_t* low;
+  int64_t ahead;
+};
+
+template <typename Weight, int64_t outer, bool copied>
+inline __attribute__((always_inline)) void outer_loop(typename Weight::Bits* __restrict w, int16_t* __restrict low,
+                                                      const typename Weight::Bits* __restrict g,
+                                                      typename Weight::Bits* __restrict old,
+                                                      int16_t* __restrict old_low, int64_t count,
+                                                      slimstate::SplitNumbers numbers, Draw draw) {
   for (int64_t i = 0; i < count; ++i) {
     int16_t rest = Weight::low ? low[i] : 0;
+    if (copied) old[i] = w[i];
+    if (copied && Weight::low) old_low[i] = rest;
     const float x = slimstate::outer_step<outer>(numbers, Weight::widen(w[i], rest), Weight::widen(g[i], 0));
     const uint32_t random =
         Weight::random ? slimstate::random_bits(draw.key, draw.index + static_cast<uint64_t>(i)) : 0;
@@ -73,10 +75,33 @@ SLIMSTATE_CLONES void outer_run(void* weights, int16_t* low, const void* gradien
   }
 }
 
-// What is kept: `lines` of `length` elements, together in memory in W and G, `pitch` apart in the moments. Line j begins
-// at element index[j] of the whole weight and places[j] of the whole moments, where random bits go by them.
+template <typename Weight, int64_t outer, bool copied>
+SLIMSTATE_CLONES void outer_run(void* weights, int16_t* low, const void* gradients, int64_t count,
+                                slimstate::SplitNumbers numbers, Draw draw, Beside beside) {
+  using Bits = typename Weight::Bits;
+  auto* w = static_cast<Bits*>(weights);
+  const auto* g = static_cast<const Bits*>(gradients);
+  auto* old = static_cast<Bits*>(beside.w);
+  const auto run = [&](int64_t i, int64_t own) __attribute__((always_inline)) {
+    outer_loop<Weight, outer, copied>(w + i, Weight::low ? low + i : nullptr, g + i, copied ? old + i : nullptr,
+                                      copied && Weight::low ? beside.low + i : nullptr, own, numbers,
+                                      {draw.key, draw.index + static_cast<uint64_t>(i)});
+  };
+  int64_t i = 0;
+  for (; i + STRETCH <= count; i += STRETCH) {
+    for (int64_t j = i + beside.ahead; j < i + beside.ahead + STRETCH; j += line<Bits>) {
+      SLIMSTATE_PREFETCH(w + j);
+      SLIMSTATE_PREFETCH(g + j);
+    }
+    run(i, STRETCH);
+  }
+  run(i, count - i);
+}
+
+// What is kept: `lines` of `length` elements, `apart` in W and G, `pitch` apart in the moments. Line j begins at
+// element index[j] of the whole weight and places[j] of the whole moments, where random bits go by them.
 struct Lines {
-  int64_t lines, length, pitch;
+  int64_t lines, length, apart, pitch;
   const uint64_t *index, *places;
   uint64_t step;  // of the index, from element to element
 };
@@ -109,11 +134,11 @@ inline __attribute__((always_inline)) void inner_loop(typename Weight::Bits* __r
       w[i] = Weight::narrow(x, Weight::random ? slimstate::random_bits(key, index + t * step) : 0, rest);
       if (Weight::low) low[i] = rest;
     }
-    w += length;
-    g += length;
+    w += lines.apart;
+    g += lines.apart;
     m += lines.pitch;
     if (!Moment::given) v += lines.pitch;
-    if (Weight::low) low += length;
+    if (Weight::low) low += lines.apart;
   }
 }
 
@@ -140,32 +165,32 @@ struct BFloat16 : slimstate::BFloat16Moment {
   static constexpr bool given = false;
 };
 
-// Element t of line j, `height` elements long, is that in row t and column index[j]; of one row, or of GROUP of them.
+// Element t of line j, `apart` from the next, is that in row t and column index[j]; of one row, or of GROUP of them.
 template <typename T>
 void gather(T* lines, const T* rows, int64_t columns, int64_t count, const int32_t* index, int64_t kept,
-            int64_t height) {
+            int64_t apart) {
   if (count == 1) {
-    for (int64_t j = 0; j < kept; ++j) lines[j * height] = rows[index[j]];
+    for (int64_t j = 0; j < kept; ++j) lines[j * apart] = rows[index[j]];
     return;
   }
   for (int64_t j = 0; j < kept; ++j) {
     const T* at = rows + index[j];
     const T values[GROUP] = {at[0], at[columns], at[2 * columns], at[3 * columns]};
-    memcpy(lines + j * height, values, sizeof values);
+    memcpy(lines + j * apart, values, sizeof values);
   }
 }
 
 template <typename T>
 void scatter(const T* lines, T* rows, int64_t columns, int64_t count, const int32_t* index, int64_t kept,
-             int64_t height) {
+             int64_t apart) {
   if (count == 1) {
-    for (int64_t j = 0; j < kept; ++j) rows[index[j]] = lines[j * height];
+    for (int64_t j = 0; j < kept; ++j) rows[index[j]] = lines[j * apart];
     return;
   }
   for (int64_t j = 0; j < kept; ++j) {
     T* at = rows + index[j];
     T values[GROUP];
-    memcpy(values, lines + j * height, sizeof values);
+    memcpy(values, lines + j * apart, sizeof values);
     for (int64_t t = 0; t < GROUP; ++t) at[t * columns] = values[t];
   }
 }
@@ -175,7 +200,7 @@ struct Job {
   int64_t matrix, member, row, rows_end, column, columns_end;
 };
 
-using OuterRun = void (*)(void*, int16_t*, const void*, int64_t, slimstate::SplitNumbers, Draw);
+using OuterRun = void (*)(void*, int16_t*, const void*, int64_t, slimstate::SplitNumbers, Draw, Beside);
 
 template <typename Weight, typename Moment>
 struct Step {
@@ -183,8 +208,8 @@ struct Step {
   using MomentBits = typename Moment::Bits;
   const Settings& settings;
   const OuterRun outer;  // null where nothing happens outside
-  std::unique_ptr<Bits[]> w, g;
-  std::unique_ptr<int16_t[]> low;
+  std::unique_ptr<Bits[]> w, g, old;
+  std::unique_ptr<int16_t[]> low, old_low;
   std::unique_ptr<uint64_t[]> index, places;
   int64_t room = 0;
 
@@ -192,15 +217,16 @@ struct Step {
 
   static int16_t* rest(int16_t* low, int64_t at) { return Weight::low ? low + at : nullptr; }
 
-  void outside(const Matrix& x, int64_t at, int64_t count) const {
+  void outside(const Matrix& x, int64_t at, int64_t count, Beside beside) const {
     if (outer == nullptr) return;
     auto* w = static_cast<Bits*>(x.w) + at;
     const auto* g = static_cast<const Bits*>(x.g) + at;
     if constexpr (!Weight::random) {
-      outer(w, rest(x.low, at), g, count, settings.numbers, {});
+      outer(w, rest(x.low, at), g, count, settings.numbers, {}, beside);
     } else {
       slimstate::stretches(x.place, static_cast<uint64_t>(at), count, [&](int64_t i, int64_t own, uint64_t index) {
-        outer(w + i, nullptr, g + i, own, settings.numbers, {x.key, index, 1});
+        auto* copy = beside.w == nullptr ? nullptr : static_cast<Bits*>(beside.w) + i;
+        outer(w + i, nullptr, g + i, own, settings.numbers, {x.key, index}, {copy, nullptr, beside.ahead});
       });
     }
   }
@@ -210,11 +236,11 @@ struct Step {
     auto* m = static_cast<MomentBits*>(x.m) + at;
     auto* v = Moment::given ? nullptr : static_cast<MomentBits*>(x.v) + at;
     if constexpr (!Moment::random) {
-      inner_run<Weight, Moment>(w, low, g, m, v, {1, count, 0, &index, nullptr, 1}, settings, x);
+      inner_run<Weight, Moment>(w, low, g, m, v, {1, count, 0, 0, &index, nullptr, 1}, settings, x);
     } else {
       slimstate::stretches(x.moments, static_cast<uint64_t>(at), count, [&](int64_t i, int64_t own, uint64_t place) {
         const uint64_t begin = index + static_cast<uint64_t>(i);
-        inner_run<Weight, Moment>(w + i, rest(low, i), g + i, m + i, v + i, {1, own, 0, &begin, &place, 1}, settings,
+        inner_run<Weight, Moment>(w + i, rest(low, i), g + i, m + i, v + i, {1, own, 0, 0, &begin, &place, 1}, settings,
                                   x);
       });
     }
@@ -226,7 +252,7 @@ struct Step {
     const int64_t first = job.member * x.rows;
     for (int64_t row = job.row; row < job.rows_end;) {
       int64_t end = next == index + x.kept ? job.rows_end : std::min<int64_t>(*next, job.rows_end);
-      if (end > row) outside(x, (first + row) * x.columns, (end - row) * x.columns);
+      if (end > row) outside(x, (first + row) * x.columns, (end - row) * x.columns, {nullptr, nullptr, AHEAD});
       const int64_t begin = end, moments = (job.member * x.kept + (next - index)) * x.columns;
       while (end < job.rows_end && next != index + x.kept && *next == end) ++next, ++end;
       const int64_t at = (first + begin) * x.columns, count = (end - begin) * x.columns;
@@ -248,13 +274,19 @@ struct Step {
     const int32_t* from = std::lower_bound(all, all + x.kept, static_cast<int32_t>(job.column));
     const int32_t* to = std::lower_bound(from, all + x.kept, static_cast<int32_t>(job.columns_end));
     const int64_t kept = to - from, height = job.rows_end - job.row, width = job.columns_end - job.column;
-    if (kept * height > room) {
-      room = kept * height;
+    // No power of two, in which lines would share a few sets of the cache.
+    const int64_t apart = height == 1 ? 1 : height + line<Bits>;
+    if (kept * apart > room) {
+      room = kept * apart;
       w.reset(new Bits[room]);
       g.reset(new Bits[room]);
       if (Weight::low) low.reset(new int16_t[room]);
       if (Weight::random) index.reset(new uint64_t[room]);
       if (Moment::random) places.reset(new uint64_t[room]);
+    }
+    if (outer != nullptr && !old) {
+      old.reset(new Bits[std::max(GROUP * TILE_COLUMNS, ROW_COLUMNS)]);
+      if (Weight::low) old_low.reset(new int16_t[std::max(GROUP * TILE_COLUMNS, ROW_COLUMNS)]);
     }
     const int64_t first = (job.member * x.rows + job.row) * x.columns;
     auto* weights = static_cast<Bits*>(x.w) + first;
@@ -263,19 +295,27 @@ struct Step {
     const int64_t moments = (job.member * x.kept + (from - all)) * x.rows + job.row;
     auto* m = static_cast<MomentBits*>(x.m) + moments;
     auto* v = Moment::given ? nullptr : static_cast<MomentBits*>(x.v) + moments;
-    for (int64_t j = 0; j < kept && height > 1; ++j) {  // too far apart for the processor to see what comes next
-      for (int64_t t = 0; t < height; t += 64 / static_cast<int64_t>(sizeof(MomentBits))) {
-        SLIMSTATE_PREFETCH(m + j * x.rows + t);
-        if (!Moment::given) SLIMSTATE_PREFETCH(v + j * x.rows + t);
-      }
-    }
-    for (int64_t t = 0, own; t < height; t += own) {  // what is outside follows while these rows are close
+    for (int64_t t = 0, own; t < height; t += own) {
       const int64_t row = t * x.columns;
       own = t + GROUP <= height ? GROUP : 1;
-      gather(w.get() + t, weights + row, x.columns, own, from, kept, height);
-      if (!Moment::given) gather(g.get() + t, gradients + row, x.columns, own, from, kept, height);
-      if (Weight::low) gather(low.get() + t, lows + row, x.columns, own, from, kept, height);
-      for (int64_t i = 0; i < own; ++i) outside(x, first + row + i * x.columns + job.column, width);
+      for (int64_t j = kept * t / height; j < kept * (t + own) / height && height > 1; ++j) {
+        for (int64_t i = 0; i < height; i += line<MomentBits>) {
+          SLIMSTATE_PREFETCH(m + j * x.rows + i);
+          if (!Moment::given) SLIMSTATE_PREFETCH(v + j * x.rows + i);
+        }
+      }
+      for (int64_t i = 0; i < own; ++i) {
+        outside(x, first + row + i * x.columns + job.column, width,
+                {old.get() + i * width, rest(old_low.get(), i * width), x.rows == 1 ? width : own * x.columns});
+      }
+      const bool copied = outer != nullptr;
+      const Bits* rows = copied ? old.get() - job.column : weights + row;
+      const int64_t pitch = copied ? width : x.columns;
+      gather(w.get() + t, rows, pitch, own, from, kept, apart);
+      if (Weight::low) {
+        gather(low.get() + t, copied ? old_low.get() - job.column : lows + row, pitch, own, from, kept, apart);
+      }
+      if (!Moment::given) gather(g.get() + t, gradients + row, x.columns, own, from, kept, apart);
     }
     if (x.rows == 1 && !Weight::random) {  // entries, and their moments, lie together
       inside(x, w.get(), rest(low.get(), 0), g.get(), moments, kept, 0);
@@ -290,21 +330,22 @@ struct Step {
         for (int64_t j = 0; j < kept; ++j) places[j] = x.moments.index(static_cast<uint64_t>(moments + j * x.rows));
       }
       inner_run<Weight, Moment>(w.get(), rest(low.get(), 0), g.get(), m, v,
-                                {kept, height, x.rows, index.get(), places.get(), step}, settings, x);
+                                {kept, height, apart, x.rows, index.get(), places.get(), step}, settings, x);
     }
     for (int64_t t = 0, own; t < height; t += own) {
       const int64_t row = t * x.columns;
       own = t + GROUP <= height ? GROUP : 1;
-      scatter(w.get() + t, weights + row, x.columns, own, from, kept, height);
-      if (Weight::low) scatter(low.get() + t, lows + row, x.columns, own, from, kept, height);
+      scatter(w.get() + t, weights + row, x.columns, own, from, kept, apart);
+      if (Weight::low) scatter(low.get() + t, lows + row, x.columns, own, from, kept, apart);
     }
   }
 };
 
-template <typename Weight>
+template <typename Weight, bool copied>
 OuterRun outer_of(int64_t outer) {
-  if (outer == slimstate::SIGN) return outer_run<Weight, slimstate::SIGN>;
-  return outer == slimstate::SGD ? outer_run<Weight, slimstate::SGD> : outer_run<Weight, slimstate::NONE>;
+  if (outer == slimstate::SIGN) return outer_run<Weight, slimstate::SIGN, copied>;
+  return outer == slimstate::SGD ? outer_run<Weight, slimstate::SGD, copied>
+                                 : outer_run<Weight, slimstate::NONE, copied>;
 }
 
 template <typename Weight, typename Moment>
@@ -312,7 +353,8 @@ void run(const std::vector<Matrix>& matrices, const std::vector<Job>& jobs, cons
          int64_t outer) {
   const bool idle = outer == slimstate::NONE && settings.numbers.decay == 1.0F;
   torch::stable::parallel_for(0, static_cast<int64_t>(jobs.size()), 1, [&](int64_t begin, int64_t end) {
-    Step<Weight, Moment> step(settings, idle ? nullptr : outer_of<Weight>(outer));
+    const OuterRun outside = columns ? outer_of<Weight, true>(outer) : outer_of<Weight, false>(outer);
+    Step<Weight, Moment> step(settings, idle ? nullptr : outside);
     for (int64_t i = begin; i < end; ++i) {
       const Matrix& x = matrices[jobs[i].matrix];
       if (columns) {
@@ -375,41 +417,12 @@ void split_(std::vector<Tensor> ps, std::vector<Tensor> grads, std::vector<Tenso
             double eps) {
   const slimstate::SplitKind kind = slimstate::check_split(ps, grads, indices, exp_avgs, exp_avg_sqs, lows, shapes,
                                                            biases, keys, places, moment_keys, moment_places, columns, outer);
-  const auto place = [](const std::vector<int64_t>& from, size_t i) {
-    return Place{static_cast<uint64_t>(from[3 * i]), static_cast<uint64_t>(from[3 * i + 1]),
-                 static_cast<uint64_t>(from[3 * i + 2])};
-  };
-  const auto key = [](const std::vector<int64_t>& from, size_t i) {
-    return slimstate::expand_key(static_cast<uint64_t>(from[i]));
-  };
-  std::vector<Matrix> matrices;
+  const std::vector<Matrix> matrices =
+      slimstate::split_matrices(kind, ps, grads, indices, exp_avgs, exp_avg_sqs, lows, shapes, biases, keys, places,
+                                moment_keys, moment_places);
   std::vector<Job> jobs;
-  for (size_t i = 0; i < ps.size(); ++i) {
-    Matrix x{};
-    if (ps[i].numel() == 0) {
-      matrices.push_back(x);
-      continue;
-    }
-    x.w = ps[i].mutable_data_ptr();
-    x.g = grads[i].const_data_ptr();
-    x.index = static_cast<const int32_t*>(indices[i].const_data_ptr());
-    x.low = kind.low ? static_cast<int16_t*>(lows[i].mutable_data_ptr()) : nullptr;
-    x.m = exp_avgs[i].mutable_data_ptr();
-    x.members = shapes[3 * i];
-    x.rows = shapes[3 * i + 1];
-    x.columns = shapes[3 * i + 2];
-    x.kept = indices[i].numel() / x.members;
-    x.place = kind.random ? place(places, i) : Place{0, UINT64_MAX, 0};
-    if (kind.random) x.key = key(keys, i);
-    if (kind.moments != slimstate::SplitMoments::GIVEN) {
-      x.v = exp_avg_sqs[i].mutable_data_ptr();
-      x.bias = {static_cast<float>(biases[2 * i]), static_cast<float>(biases[2 * i + 1])};
-    }
-    if (kind.moments == slimstate::SplitMoments::BFLOAT16) {
-      x.moments = place(moment_places, i);
-      x.first = key(moment_keys, 2 * i);
-      x.second = key(moment_keys, 2 * i + 1);
-    }
+  for (size_t i = 0; i < matrices.size(); ++i) {
+    const Matrix& x = matrices[i];
     const int64_t width = !columns ? x.columns : x.rows == 1 ? ROW_COLUMNS : TILE_COLUMNS;
     const int64_t height = columns ? TILE_ROWS : std::max<int64_t>(1, JOB / x.columns);
     for (int64_t member = 0; member < x.members; ++member) {
@@ -421,7 +434,6 @@ void split_(std::vector<Tensor> ps, std::vector<Tensor> grads, std::vector<Tenso
         }
       }
     }
-    matrices.push_back(x);
   }
   const Settings settings{
       {static_cast<float>(decay), static_cast<float>(step), static_cast<float>(outside)}, {beta1, beta2, eps}};

@@ -6,11 +6,9 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "checks.h"
 #include "cuda/launch.cuh"
 
-using slimstate::Key;
-using slimstate::Place;
+using Matrix = slimstate::SplitMatrix;
 using torch::stable::Tensor;
 
 namespace {
@@ -18,18 +16,6 @@ namespace {
 using namespace slimstate::cuda;
 
 constexpr int TILE_ROWS = 32, TILE_COLUMNS = 96;
-
-struct Matrix {
-  void* w;
-  const void* g;
-  int16_t* low;
-  const int32_t* index;  // `kept` of each of its members, sorted
-  void *m, *v;           // moments of what is kept, or in m its direction
-  int64_t members, rows, columns, kept;
-  slimstate::Bias bias;
-  Key key, first, second;
-  Place place, moments;
-};
 
 struct Settings {
   slimstate::SplitNumbers numbers;
@@ -206,39 +192,9 @@ void split_(std::vector<Tensor> ps, std::vector<Tensor> grads, std::vector<Tenso
   const slimstate::SplitKind kind =
       slimstate::check_split(ps, grads, indices, exp_avgs, exp_avg_sqs, lows, shapes, biases, keys, places,
                              moment_keys, moment_places, columns, outer);
-  const auto place = [](const std::vector<int64_t>& from, size_t i) {
-    return Place{static_cast<uint64_t>(from[3 * i]), static_cast<uint64_t>(from[3 * i + 1]),
-                 static_cast<uint64_t>(from[3 * i + 2])};
-  };
-  const auto key = [](const std::vector<int64_t>& from, size_t i) {
-    return slimstate::expand_key(static_cast<uint64_t>(from[i]));
-  };
   std::vector<Matrix> by_row, by_column;
-  for (size_t i = 0; i < ps.size(); ++i) {
-    if (ps[i].numel() == 0) continue;
-    Matrix x{};
-    x.w = ps[i].mutable_data_ptr();
-    x.g = grads[i].const_data_ptr();
-    x.index = static_cast<const int32_t*>(indices[i].const_data_ptr());
-    x.low = kind.low ? static_cast<int16_t*>(lows[i].mutable_data_ptr()) : nullptr;
-    x.m = exp_avgs[i].mutable_data_ptr();
-    x.members = shapes[3 * i];
-    x.rows = shapes[3 * i + 1];
-    x.columns = shapes[3 * i + 2];
-    x.kept = indices[i].numel() / x.members;
-    if (kind.random) {
-      x.place = place(places, i);
-      x.key = key(keys, i);
-    }
-    if (kind.moments != slimstate::SplitMoments::GIVEN) {
-      x.v = exp_avg_sqs[i].mutable_data_ptr();
-      x.bias = {static_cast<float>(biases[2 * i]), static_cast<float>(biases[2 * i + 1])};
-    }
-    if (kind.moments == slimstate::SplitMoments::BFLOAT16) {
-      x.moments = place(moment_places, i);
-      x.first = key(moment_keys, 2 * i);
-      x.second = key(moment_keys, 2 * i + 1);
-    }
+  for (Matrix& x : slimstate::split_matrices(kind, ps, grads, indices, exp_avgs, exp_avg_sqs, lows, shapes, biases,
+                                             keys, places, moment_keys, moment_places)) {
     const bool entries = columns && x.rows == 1;
     if (entries) std::swap(x.rows, x.columns);
     (columns && !entries ? by_column : by_row).push_back(x);

@@ -392,38 +392,11 @@ if COMPILED:
         torch._check(r.shape == (index.shape[0], m.shape[1]))
 
     @torch.library.register_fake("slimstate::hadamard_write_back_")
-    def _(
-        w: Tensor,
-        index: Tensor,
-        u: Tensor,
-        alpha: float,
-        beta: float,
-        random: bool,
-        key: int,
-        offset: int,
-        start: int,
-        width: int,
-        pitch: int,
-    ) -> None:
+    def _(w: Tensor, index: Tensor, u: Tensor, *_: object) -> None:
         torch._check(u.shape == (index.shape[0], w.shape[1]))
 
     @torch.library.register_fake("slimstate::hadamard_adam_")
-    def _(
-        ws: list[Tensor],
-        gs: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        ages: list[Tensor],
-        indices: list[Tensor],
-        norm: int,
-        carry: bool,
-        alpha: float,
-        beta: float,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        maximize: bool,
-    ) -> None:
+    def _(ws: list[Tensor], gs: list[Tensor], *_: object) -> None:
         torch._check(len(ws) == len(gs))
 
 

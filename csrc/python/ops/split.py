@@ -209,28 +209,7 @@ def _reference_(x: Split, rule: SplitRule, bias: Sequence[float]) -> None:
 if COMPILED:
 
     @torch.library.register_fake("slimstate::split_")
-    def _(
-        ps: list[Tensor],
-        grads: list[Tensor],
-        indices: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        lows: list[Tensor],
-        shapes: list[int],
-        biases: list[float],
-        keys: list[int],
-        places: list[int],
-        moment_keys: list[int],
-        moment_places: list[int],
-        columns: bool,
-        outer: int,
-        decay: float,
-        step: float,
-        outside: float,
-        beta1: float,
-        beta2: float,
-        eps: float,
-    ) -> None:
+    def _(ps: list[Tensor], grads: list[Tensor], indices: list[Tensor], exp_avgs: list[Tensor], *_: object) -> None:
         torch._check(len(ps) == len(grads) == len(indices) == len(exp_avgs))
 
 
