@@ -362,6 +362,7 @@ def plot(runs: Runs) -> plt.Figure:
     figure, panels = plt.subplots(1, 3, figsize=(14, 4.5), layout="constrained")
     for name, mine in runs.items():
         color, style = f"C{'adam' not in name:d}", "-" if name in RIVALS else "--"
+        label = f"{name}, lr {mine[0]['settings']['lr']:g}"
         steps = np.arange(1, len(mine[0]["losses"]) + 1)
         checked = [e["step"] for e in mine[0]["evaluations"]]
         accuracy = [[e["accuracy"] for e in run["evaluations"]] for run in mine]
@@ -371,7 +372,7 @@ def plot(runs: Runs) -> plt.Figure:
             (checked, accuracy),
         )
         for panel, (x, values) in zip(panels, curves, strict=True):
-            panel.plot(x, np.mean(values, axis=0), color=color, linestyle=style, label=name)
+            panel.plot(x, np.mean(values, axis=0), color=color, linestyle=style, label=label)
             panel.fill_between(x, np.min(values, axis=0), np.max(values, axis=0), color=color, alpha=0.15, linewidth=0)
     norms, effective_steps, accuracies = panels
     norms.set(title="length of scale-invariant filters", ylabel="of their first length")
