@@ -63,7 +63,8 @@ class Monitor:
     - `basis_age`: the steps that a basis has been in use beside the one that made it; the mean over the matrices;
     - `update_rms`: :math:`\sqrt{\mathrm{mean}\,(\Delta W)^2}` of all weights of the group that took the step, decay and
       rounding included; of large parameters from 4096 entries, drawn anew each time;
-    - `update_per_lr`: the same divided by the group's learning rate: about 1 for AdamW, its scale for GaLoreAdamW;
+    - `update_per_lr`: the same divided by the group's learning rate: 1 in AdamW's first step, and less in noise; see
+      the page on learning rates;
     - `skipped_steps`: how many steps gradients of this group have stopped so far because they were not finite, where
       `nonfinite` is not `propagate`.
 
@@ -76,9 +77,9 @@ class Monitor:
     Between reports nothing waits for the device. What is kept then is four numbers a refresh, and during one step the
     bases that are about to change. A refresh is measured if it is a matrix's last one before a report.
 
-    Of parameters that are divided over processes (DTensor), the values are those of the whole. They are sums over
-    processes, in reports and at refreshes: make a Monitor in every process, with writers in the first one only. Under
-    DistributedDataParallel each process has the same values by itself.
+    Of parameters that are divided over processes (DTensor), the values are those of the whole: sums over processes, in
+    reports and at refreshes. Make a Monitor in every process then, with writers in the first one only; one that is
+    alone waits for ever. Under DistributedDataParallel each process has the same values by itself.
 
     A copy of the optimizer is not monitored. After `optimizer.load_state_dict` steps are counted on from those of the
     optimizer's state, and until a basis is refreshed its age is what its schedule says.
@@ -391,7 +392,7 @@ def _overlap(optimizer: ProjectedOptimizer, p: Tensor, group: Group, old: Tensor
     else:
         place = torch.searchsorted(old, new).clamp_(max=max(0, old.shape[-1] - 1))
         shared, count = (old.gather(-1, place) == new).sum(), new.numel()
-    both = torch.stack([shared.float(), shared.new_tensor(count, dtype=torch.float32)])
+    both = torch.stack([shared.float(), shared.new_full((), count, dtype=torch.float32)])
     if part is not None:
         total_([(both, part.groups("b"))])
     return both
@@ -401,7 +402,7 @@ def _change(p: Tensor, state: State, before: Tensor, index: Tensor | None) -> Te
     """The sum of squares of how far a parameter has moved, from some entries of it, and its size; (2,), float32."""
     n = local(p).numel()
     squares = (_entries(p, state, index) - before).square_().sum().float() * (n / max(1, before.numel()))
-    both = torch.stack([squares, squares.new_tensor(n)])
+    both = torch.stack([squares, squares.new_full((), n)])
     if (part := part_of(p)) is not None:
         total_([(both, part.groups("".join(map(str, range(p.ndim)))))])
     return both

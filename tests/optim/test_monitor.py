@@ -110,6 +110,39 @@ def test_nothing_is_kept_between_reports_but_a_few_numbers_a_refresh(name):
     assert not tensors
 
 
+def on_meta(name, monkeypatch):
+    """An optimizer after its first step, on a device of which no value can be read."""
+    net = model().to("meta")
+    gap = {"update_proj_gap": 100} if "update_proj_gap" in CASES[name][1] else {}
+    optimizer = build(name, net.parameters(), **gap)
+    for p in net.parameters():
+        p.grad = torch.empty_like(p)
+    monkeypatch.setattr(optimizer, "_check_gradients", lambda: None)  # which refuses this device
+    optimizer._create_states()
+    for p in net.parameters():
+        optimizer.state[p]["step"].fill_(1)
+        optimizer.state[p].get("refreshes", torch.ones(())).fill_(1)
+    return optimizer
+
+
+@every
+def test_a_step_between_reports_waits_for_no_value(name, monkeypatch):
+    optimizer = on_meta(name, monkeypatch)
+    kept = Monitor(optimizer, every=50)
+    optimizer.step()
+    assert (kept.step, kept.values) == (2, {})
+
+
+@pytest.mark.parametrize("name", PROJECTED)
+def test_measuring_a_refresh_waits_for_no_value(name, monkeypatch):
+    optimizer = on_meta(name, monkeypatch)
+    (group,) = optimizer.param_groups
+    for p in optimizer._places(group):
+        old = monitor._basis(p, optimizer.state[p])
+        assert monitor._energies(optimizer, p, group).shape == (5,)
+        assert monitor._overlap(optimizer, p, group, old).shape == (2,)
+
+
 def test_a_removed_monitor_and_a_copy_of_the_optimizer_measure_nothing():
     net = model()
     optimizer = build("GaLoreAdamW, svd, rotate", net.parameters())
