@@ -195,7 +195,7 @@ def plan(
         >>> planned.held.weights, planned.held.gradients, planned.state_bytes  # per matrix 2 r n + r m floats, 2 counts
         (16777216, 16777216, 9437200)
     """
-    _check(model, embeddings, active, state_policy)
+    _check(model, embeddings, active, layers, state_policy)
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     copies = {p: on_meta(p, dtype) for p in names}
     make, groups, common = _chosen(model, optimizer, embeddings, settings)
@@ -211,9 +211,7 @@ def plan(
     held = {copy: _held_by(made, copy) for copy in copies.values()}
     for group in made.param_groups:
         _give_the_largest(held, made, group)
-    layers_of = [] if active is None else _layers(model, copies, active, layers)
-    asleep = _asleep(held, layers_of, active)
-    for p in asleep:
+    for p in set() if active is None else _asleep(held, _layers(model, copies, active, layers), active):
         keeps = state_policy == "keep"
         held[p] = replace(held[p], gradients=0, states=keeps * held[p].states, bases=keeps * held[p].bases)
         p.grad = None
@@ -362,7 +360,7 @@ def _variants(choices: Sequence[Choice], settings: dict[str, Any]) -> Iterator[t
                     yield choice if measured else replace(choice, behind=None), own
 
 
-def _check(model: nn.Module, embeddings: str, active: int | None, state_policy: str) -> None:
+def _check(model: nn.Module, embeddings: str, active: int | None, layers: Layers, state_policy: str) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     for name, value, allowed in (
@@ -373,6 +371,8 @@ def _check(model: nn.Module, embeddings: str, active: int | None, state_policy: 
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
     if active is not None and (not isinstance(active, int) or isinstance(active, bool) or active < 1):
         raise ValueError(f"active must be None or an int >= 1 (layers), got {active!r}")
+    if layers is not None and active is None:
+        raise ValueError("layers says which ones sleep while active= others train: give active too")
     divided = next((name for name, p in model.named_parameters() if hasattr(p, "placements")), None)
     if divided is not None:
         raise ValueError(
@@ -480,7 +480,7 @@ def _layers(model: nn.Module, copies: dict[Tensor, Tensor], active: int, layers:
     return found
 
 
-def _asleep(held: dict[Tensor, Held], layers: list[set[Tensor]], active: int | None) -> set[Tensor]:
+def _asleep(held: dict[Tensor, Held], layers: list[set[Tensor]], active: int) -> set[Tensor]:
     """The parameters that do not train while the `active` layers do that hold most."""
     by_size = sorted(layers, key=lambda params: -sum(held[p].total - held[p].weights for p in params))
     awake = {p for params in by_size[:active] for p in params}
