@@ -17,7 +17,7 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "vision.py"
-MICRO = ("--steps", "20", "--batch", "16", "--seeds", "2", "--threads", "1", "--device", "cpu")
+MICRO = ("--steps", "20", "--batch", "16", "--seeds", "2", "--lr", "0.03", "--threads", "1", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -196,4 +196,4 @@ def test_on_digits_the_projection_keeps_the_accuracy(vision: Vision, tmp_path: P
     for name, rival in (("adamp", "adamw"), ("sgdp", "sgd")):
         for mine, other in zip(*(runs(tmp_path / "runs" / "vision", x) for x in (name, rival)), strict=True):
             assert mine["accuracy"] > max(0.95, other["accuracy"] - 0.01)
-            assert mine["norms"][-1] - 1 < 0.5 * (other["norms"][-1] - 1)
+            assert mine["norms"][-1] - 1 < 0.7 * (other["norms"][-1] - 1)
