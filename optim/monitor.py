@@ -432,7 +432,7 @@ def _refreshes(state: State) -> list[int]:
 
 
 def _own_step(state: State) -> int:
-    return int(state["step"].item()) if "step" in state else 0
+    return int(state.get("step", 0))  # a number in optimizers of others
 
 
 def _parameters(optimizer: torch.optim.Optimizer, *, frozen: bool = False) -> Iterable[Tensor]:

@@ -72,9 +72,17 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(pretrain: Pretrain, tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     """A folder where a comparison ran through."""
     folder = tmp_path_factory.mktemp("finished")
-    code, said = pretrain(folder, *MICRO, "--data", text, "--compare", "adamw", "galore", "signsgd", "--out", "out")
+    code, said = pretrain(
+        folder, *MICRO, "--data", text, "--compare", "adamw", "galore", "signsgd", "--out", "out", "--monitor", 2
+    )
     assert code == 0, said
     return folder
+
+
+def test_a_monitor_writes_and_draws_what_it_measures(finished: Path) -> None:
+    for name in ("adamw", "galore", "signsgd"):
+        assert "update_rms" in (finished / "out" / name / "monitor.csv").read_text()
+        assert (finished / "out" / name / "monitor.png").exists()
 
 
 def read_table(folder: Path) -> list[dict[str, str]]:

@@ -370,6 +370,21 @@ def test_other_optimizers_and_dense_groups_have_the_measures_of_updates():
     assert reports.keys() == {1, 2}
 
 
+class Counting(torch.optim.Optimizer):
+    """Counts its steps in Python, as many do."""
+
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["step"] = self.state[p].get("step", 0) + 1
+            p.data.add_(1)
+
+
+def test_optimizers_may_count_in_python_and_have_no_learning_rate():
+    net = model()
+    reports = measured(net, Counting(net.parameters(), {}), 2, every=1)
+    assert reports[2] == {"update_rms/group 0": 1}
+
+
 def test_layers_that_sleep_are_left_out():
     net = torch.nn.Sequential(*(torch.nn.Linear(20, 20) for _ in range(4)))
     optimizer = AdamW(net.named_parameters())
