@@ -234,9 +234,8 @@ def test_the_bytes_of_the_fine_tuning_job():
 
 
 @pytest.mark.parametrize("case", ["GaLoreAdamW, svd, rotate", "GradNormLoRP, svd, rotate", "GaLoreAdafactor"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_per_layer_buffers_are_planned_and_gradients_stay_below(case, dtype):
-    kind, _, common = CASES[case]
+def test_per_layer_buffers_are_planned_and_gradients_stay_below(case):
+    (kind, _, common), dtype = CASES[case], torch.bfloat16
     model, shapes = made("LLaMA", dtype)
     settings = settings_of(case) | {"update_proj_gap": 5}
     planned = plan(shapes, kind, dtype=dtype, per_layer=True, temporaries=False, **settings)
@@ -451,6 +450,7 @@ def test_a_comparison_has_every_optimizer():
     assert {x.optimizer.split(",")[0] for x in planned} == set(memory.optimizers())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_models_without_memory(preset):
     assert all(p.is_meta for p in model_of(preset).parameters())
