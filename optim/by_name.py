@@ -65,15 +65,9 @@ def create(name: str, model: nn.Module, **settings: Any) -> Optimizer:
         >>> [(group["name"], group["rank"], group["weight_decay"]) for group in optimizer.param_groups]
         [('projected', 8, 0.1), ('vectors', None, 0.0)]
     """
-    kind = _kind(name)
-    _check_settings(kind, settings)
-    of_groups = {key: settings.pop(key) for key in OF_GROUPS if key in settings}
-    if not issubclass(kind, ProjectedOptimizer):
-        return kind(dense_groups(model, **of_groups), **settings)
-    shares = {key: settings.pop(key) for key in kind.shares if key in settings}
-    if "density" in shares:
-        shares.setdefault("rank", None)
-    return kind(param_groups(model, **of_groups, **shares), **settings)
+    kind = kind_of(name)
+    groups, settings = grouped(kind, model, settings)
+    return kind(groups, **settings)
 
 
 def for_trainer(name: str, args: Any, **settings: Any) -> tuple[Callable[[], Callable[..., Optimizer]], dict[str, Any]]:
@@ -105,7 +99,7 @@ def for_trainer(name: str, args: Any, **settings: Any) -> tuple[Callable[[], Cal
         >>> [(group["name"], group["betas"], group["weight_decay"]) for group in optimizer.param_groups]
         [('projected', (0.9, 0.95), 0.1), ('vectors', (0.9, 0.95), 0.0)]
     """
-    kind = _kind(name)
+    kind = kind_of(name)
     _check_settings(kind, settings)
 
     def factory() -> Callable[..., Optimizer]:
@@ -117,20 +111,37 @@ def for_trainer(name: str, args: Any, **settings: Any) -> tuple[Callable[[], Cal
     return factory, settings
 
 
+def grouped(
+    kind: type[Optimizer], model: nn.Module, settings: dict[str, Any]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Groups of a model's parameters as an optimizer takes them, and the settings that are left for itself."""
+    _check_settings(kind, settings)
+    of_groups = {key: settings[key] for key in OF_GROUPS if key in settings}
+    left = {key: x for key, x in settings.items() if key not in of_groups}
+    if not issubclass(kind, ProjectedOptimizer):
+        return dense_groups(model, **of_groups), left
+    shares = {key: left.pop(key) for key in kind.shares if key in left}
+    if "density" in shares:
+        shares.setdefault("rank", None)
+    return param_groups(model, **of_groups, **shares), left
+
+
 def _plain(name: str) -> str:
     return name.lower().replace("_", "").replace("-", "")
 
 
-def _kind(name: str) -> type[Optimizer]:
+def kind_of(name: str, argument: str = "name") -> type[Optimizer]:
+    """The class that a name means."""
     known = {_plain(kind.__name__): kind for kind in KINDS}
-    if not isinstance(name, str) or _plain(name) not in known:
-        if isinstance(name, str) and _plain(name) in SAMPLERS:
-            raise ValueError(
-                f"{name!r} samples layers beside an optimizer, and has a state of its own to save: create the "
-                "optimizer, then LISA(model, optimizer) or OwLore(model, optimizer), and attach() it"
-            )
-        raise ValueError(f"name must be one of {', '.join(kind.__name__ for kind in KINDS)}, got {name!r}")
-    return known[_plain(name)]
+    plain = _plain(name) if isinstance(name, str) else None
+    if plain in SAMPLERS:
+        raise ValueError(
+            f"{name!r} samples layers beside an optimizer, and has a state of its own to save: create the optimizer, "
+            "then LISA(model, optimizer) or OwLore(model, optimizer), and attach() it"
+        )
+    if plain not in known:
+        raise ValueError(f"{argument} must be one of {', '.join(kind.__name__ for kind in KINDS)}, got {name!r}")
+    return known[plain]
 
 
 def _settings(kind: type[Optimizer]) -> set[str]:

@@ -13,7 +13,8 @@ from ._base import Group, Optimizer
 from ._projected import ProjectedOptimizer
 from ._tracking import alike, buffer_bytes, bytes_of, on_meta, steps_of
 from .backward import NeedsWhole, in_backward
-from .groups import param_groups, vocabulary_parameters
+from .by_name import KINDS, grouped, kind_of
+from .groups import vocabulary_parameters
 from .layer_sampling import STATE_POLICIES, Layers, find_layers
 
 __all__ = ["CHOICES", "Choice", "Held", "Plan", "compare", "comparison", "fitting", "plan", "size_text", "state_bytes"]
@@ -314,9 +315,8 @@ def fitting(
     """
     if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
         raise ValueError(f"budget must be an int >= 1 (bytes), got {budget!r}")
-    if optimizer is not None and optimizer not in optimizers():
-        raise ValueError(f"optimizer must be one of {', '.join(optimizers())}, got {optimizer!r}")
-    choices = [x for x in CHOICES if (x.behind is not None if optimizer is None else x.optimizer == optimizer)]
+    only = None if optimizer is None else kind_of(optimizer, "optimizer").__name__
+    choices = [x for x in CHOICES if (x.behind is not None if only is None else x.optimizer == only)]
     found: list[tuple[Choice, Plan]] = []
     for choice, own in _variants(choices, settings):
         planned = _planned(model, choice, own, temporaries=False)
@@ -332,7 +332,7 @@ def fitting(
 def _planned(model: nn.Module, choice: Choice, settings: dict[str, Any], **options: Any) -> Plan | None:
     """A plan with those settings that the optimizer can have; None where it does not go with the per-layer mode."""
     settings = settings | options
-    if not issubclass(optimizers()[choice.optimizer], ProjectedOptimizer):
+    if not issubclass(kind_of(choice.optimizer), ProjectedOptimizer):
         settings = {key: x for key, x in settings.items() if key not in SELECTING}
         if settings.get("embeddings") == "projected":
             del settings["embeddings"]
@@ -347,7 +347,7 @@ def _variants(choices: Sequence[Choice], settings: dict[str, Any]) -> Iterator[t
     open_rank = settings.keys().isdisjoint(SELECTING)
     for rank in RANKS if open_rank else [None]:
         for choice in choices:
-            if not issubclass(optimizers()[choice.optimizer], ProjectedOptimizer) and rank not in (None, RANKS[0]):
+            if not issubclass(kind_of(choice.optimizer), ProjectedOptimizer) and rank not in (None, RANKS[0]):
                 continue
             for moments, per_layer in itertools.product((None, "8bit"), (False, True)):
                 varied: dict[str, Any] = {"rank": rank} if open_rank else {}
@@ -381,14 +381,6 @@ def _check(model: nn.Module, embeddings: str, active: int | None, layers: Layers
         )
 
 
-def optimizers() -> dict[str, type[Optimizer]]:
-    """The optimizers of this package, by name."""
-    from slimstate import optim
-
-    everything = {name: getattr(optim, name) for name in optim.__all__}
-    return {name: x for name, x in everything.items() if isinstance(x, type) and issubclass(x, Optimizer)}
-
-
 def _chosen(
     model: nn.Module, optimizer: str | type[Optimizer] | Optimizer, embeddings: str, settings: dict[str, Any]
 ) -> tuple[Callable[..., Optimizer], list[Group], dict[str, Any]]:
@@ -399,26 +391,15 @@ def _chosen(
             raise ValueError(f"{given}: a built {type(optimizer).__name__} says by its groups what each gets")
         return type(optimizer), optimizer.param_groups, {}
     if isinstance(optimizer, str):
-        known = optimizers()
-        if optimizer not in known:
-            raise ValueError(f"optimizer must be one of {', '.join(known)}, got {optimizer!r}")
-        optimizer = known[optimizer]
-    elif not (isinstance(optimizer, type) and issubclass(optimizer, Optimizer)):
+        optimizer = kind_of(optimizer, "optimizer")
+    elif optimizer not in KINDS:
         raise TypeError(f"optimizer must be one of slimstate.optim, its name or its class, got {optimizer!r}")
-    if not issubclass(optimizer, ProjectedOptimizer):
-        if embeddings == "projected":
+    if embeddings == "projected":
+        if not issubclass(optimizer, ProjectedOptimizer):
             raise ValueError(f"embeddings='projected': {optimizer.__name__} projects nothing")
-        return (
-            optimizer,
-            [{"name": "everything", "params": [p for p in model.parameters() if p.requires_grad]}],
-            settings,
-        )
-    shares = {key: settings[key] for key in optimizer.shares if key in settings}
-    if "density" in shares:
-        shares.setdefault("rank", None)
-    found = param_groups(model, embeddings="projected" if embeddings == "projected" else "dense", **shares)
-    groups = [group | {"params": [p for _, p in group["params"]]} for group in found]
-    return optimizer, groups, {key: x for key, x in settings.items() if key not in shares}
+        settings = settings | {"embeddings": embeddings}
+    found, settings = grouped(optimizer, model, settings)
+    return optimizer, [group | {"params": [p for _, p in group["params"]]} for group in found], settings
 
 
 def _named_copies(

@@ -37,12 +37,12 @@ from slimstate.optim import (
     GaLoreAdamW,
     OwLore,
     in_backward,
-    memory,
     param_groups,
     state_bytes,
 )
 from slimstate.optim._models import PRESETS, model_of
 from slimstate.optim._projected import ProjectedOptimizer
+from slimstate.optim.by_name import KINDS
 from slimstate.optim.memory import CHOICES, compare, fitting, plan
 
 
@@ -447,7 +447,7 @@ def test_measured_choices_are_in_the_order_of_their_losses():
 
 def test_a_comparison_has_every_optimizer():
     planned = compare(made("LLaMA", torch.float32)[1])
-    assert {x.optimizer.split(",")[0] for x in planned} == set(memory.optimizers())
+    assert {x.optimizer.split(",")[0] for x in planned} == {kind.__name__ for kind in KINDS}
 
 
 @pytest.mark.slow
