@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ._base import Group, Optimizer
 from ._projected import ProjectedOptimizer
+from ._sharding import local
 from ._tracking import alike, buffer_bytes, bytes_of, on_meta, steps_of
 from .backward import NeedsWhole, in_backward
 from .by_name import KINDS, grouped, kind_of
@@ -61,16 +62,12 @@ class Held:
 
     def __add__(self, other: "Held") -> "Held":
         """Both."""
-        return Held(*(a + b for a, b in zip(_values(self), _values(other), strict=True)))
+        return Held(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def total(self) -> int:
         """All of it."""
-        return sum(_values(self))
-
-
-def _values(x: Held) -> tuple[int, ...]:
-    return (x.weights, x.gradients, x.states, x.bases, x.buffers)
+        return sum(astuple(self))
 
 
 @dataclass(frozen=True)
@@ -116,8 +113,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers and strings."""
-        held = {name: getattr(self.held, name) for name in Held.__dataclass_fields__}
-        return asdict(self) | held | {"state_bytes": self.state_bytes, "total": self.total}
+        return asdict(self) | asdict(self.held) | {"state_bytes": self.state_bytes, "total": self.total}
 
     def __str__(self) -> str:
         columns = [name for name in Held.__dataclass_fields__ if getattr(self.held, name)]
@@ -373,7 +369,7 @@ def _check(model: nn.Module, embeddings: str, active: int | None, layers: Layers
         raise ValueError(f"active must be None or an int >= 1 (layers), got {active!r}")
     if layers is not None and active is None:
         raise ValueError("layers says which ones sleep while active= others train: give active too")
-    divided = next((name for name, p in model.named_parameters() if hasattr(p, "placements")), None)
+    divided = next((name for name, p in model.named_parameters() if local(p) is not p), None)
     if divided is not None:
         raise ValueError(
             f"parameter {divided} is divided over processes (DTensor): plan the model before fully_shard; each of n "
@@ -497,7 +493,7 @@ def _described(kind: type[Optimizer], settings: dict[str, Any], per_layer: bool,
 def comparison(plans: Sequence[Plan]) -> str:
     """A table of plans side by side."""
     header = ("", *Held.__dataclass_fields__, "all of it")
-    rows = [(x.optimizer, *map(size_text, _values(x.held)), size_text(x.total)) for x in plans]
+    rows = [(x.optimizer, *map(size_text, astuple(x.held)), size_text(x.total)) for x in plans]
     return f"{markdown_table(header, rows)}\n\nWithout activations, and without what a step holds for a moment."
 
 

@@ -133,12 +133,10 @@ def _number(text: str) -> int | float:
 
 
 def _size(text: str) -> int:
-    found = re.fullmatch(r"([0-9.]+) *([a-zA-Z]+)", text)
-    try:
-        assert found is not None
-        return int(float(found[1]) * UNITS[found[2].upper()])
-    except (AssertionError, KeyError, ValueError):
-        raise argparse.ArgumentTypeError(f"must be a number and one of B, MB, GB, MiB, GiB, got {text!r}") from None
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+) *([a-zA-Z]+)", text)
+    if found is None or found[2].upper() not in UNITS:
+        raise argparse.ArgumentTypeError(f"must be a number and one of B, MB, GB, MiB, GiB, got {text!r}")
+    return int(float(found[1]) * UNITS[found[2].upper()])
 
 
 def _setting(text: str) -> tuple[str, Any]:
