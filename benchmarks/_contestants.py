@@ -364,12 +364,18 @@ OURS: dict[str, Contestant] = {
     "AdamW, 8-bit moments": Contestant(
         partial(ours, kind=AdamW, moment_dtype="8bit"), floor=dense(2 * CODE, tables=2 * FLOAT)
     ),
+    "AdamW, companded moments": Contestant(
+        partial(ours, kind=AdamW, moment_dtype="8bit-companded"), floor=dense(2 * CODE, tables=2 * FLOAT)
+    ),
     "GaLoreAdamW": Contestant(partial(projected, kind=GaLoreAdamW), beside=PRODUCTS, floor=low_rank(2 * FLOAT)),
     "GaLoreAdamW, bfloat16 moments": Contestant(
         partial(projected, kind=GaLoreAdamW, moment_dtype="bfloat16"), beside=PRODUCTS, floor=low_rank(4, dense=4)
     ),
     "GaLoreAdamW, 8-bit moments": Contestant(
         partial(projected, kind=GaLoreAdamW, moment_dtype="8bit"), beside=PRODUCTS, floor=low_rank(2 * CODE)
+    ),
+    "GaLoreAdamW, companded moments": Contestant(
+        partial(projected, kind=GaLoreAdamW, moment_dtype="8bit-companded"), beside=PRODUCTS, floor=low_rank(2 * CODE)
     ),
     "GaLoreAdafactor": Contestant(
         partial(projected, kind=GaLoreAdafactor, scale_parameter=False), beside=PRODUCTS, floor=ADAFACTOR

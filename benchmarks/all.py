@@ -62,6 +62,7 @@ TARGETS = [
     Target("FRUGAL 0.25, contiguous rows", "FRUGAL, contiguous rows", CORE, 0.7, "9.2"),
     Target("FRUGAL 0.25, scattered columns", "FRUGAL, columns", CORE, 1.5, "9.2"),
     Target("AdamW, 8-bit moments", "AdamW, 8-bit moments", CORE, 1.6, "29 and 49 (compiled)", rivals=EIGHT_BIT),
+    Target("AdamW, companded moments", "AdamW, companded moments", CORE, 1.2, "29 and 49 (compiled)", rivals=EIGHT_BIT),
     Target("DCTAdamW, Hadamard, refresh in every step, rank 1/4", "DCTAdamW, hadamard", CORE, 3.0, "17 to 119"),
     Target("the same, rank 3/4", "DCTAdamW, hadamard, rank 3/4", CORE, 3.0, "17 to 119"),
     Target("AdamP", "AdamP", CORE, 1.6, "9.0", rivals=ADAMP),
@@ -69,6 +70,14 @@ TARGETS = [
     Target(
         "GaLoreAdamW, 8-bit moments, with embeddings and head",
         "GaLoreAdamW, 8-bit moments",
+        WHOLE,
+        4.3,
+        "26",
+        rivals=("galore-torch GaLoreAdamW8bit",),
+    ),
+    Target(
+        "the same, companded moments",
+        "GaLoreAdamW, companded moments",
         WHOLE,
         4.3,
         "26",

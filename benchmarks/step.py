@@ -132,15 +132,15 @@ def measure(
         started, runners, usual = time.monotonic(), {}, {}
         for name in heat:
             try:
-                runner = contestants[name].build(problem)
+                runners[name] = contestants[name].build(problem)
                 with stand_in_decompositions(problem) if name in PEERS else contextlib.nullcontext():
-                    warm_up(runner, clock)
-                usual[name] = warm_up(runner, clock)
-                runners[name] = runner
+                    warm_up(runners[name], clock)
+                usual[name] = warm_up(runners[name], clock)
             except Exception as error:
                 if contestants[name].origin == "slimstate" and not isinstance(error, ValueError):
                     raise
                 results[name].why = because(error)
+                runners.pop(name, None)
         run = runners | references
         bases = {name: fitted(runner.optimizer) for name, runner in runners.items()}
 
@@ -157,12 +157,12 @@ def measure(
             clock,
             mark,
         )
-        for name, runner in runners.items():
+        for name in runners:
             results[name].turns = turns[name]
-            results[name].sizes = usual_allocations(runner, problem.device)
+            results[name].sizes = usual_allocations(runners[name], problem.device)
             for reference, seconds in turns[name].beside.items():
                 results[reference].turns.own += seconds
-        del run, runners, runner
+        del run, runners
         gc.collect()
         say(f"{time.monotonic() - started:.0f} s: {', '.join(heat)}")
     for name, runner in references.items():

@@ -15,13 +15,20 @@ struct CodeRuns {
   int64_t outer = 1, length = 1, inner = 1;
 };
 
+// Dynamic codes are uint8, companded ones int8.
+inline bool is_companded(const torch::stable::Tensor& codes) {
+  return codes.scalar_type() == torch::headeronly::ScalarType::Char;
+}
+
+inline CodeKind code_kind(const torch::stable::Tensor& codes, bool with_sign) { return {is_companded(codes), with_sign}; }
+
 inline int64_t blocks_of_run(int64_t length) { return (length + code_block - 1) / code_block; }
 
 // x are the numbers that codes stand for, read or written.
 inline CodeRuns check_codes(const char* op, const torch::stable::Tensor& codes, const torch::stable::Tensor& scale,
                             const torch::stable::Tensor& x, bool columns) {
   using torch::headeronly::ScalarType;
-  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte, op, ": codes must be uint8");
+  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte || is_companded(codes), op, ": codes must be uint8 or int8");
   STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float && x.scalar_type() == ScalarType::Float, op,
                   ": scale and x must be float32");
   STD_TORCH_CHECK(codes.is_contiguous() && scale.is_contiguous() && x.is_contiguous(), op, ": all must be contiguous");
@@ -78,12 +85,17 @@ struct Dense {
 // What all parameters of a call have in common.
 struct DenseKind {
   Format weight, grad, moment;
-  bool coded;
+  bool coded, companded;
 };
 
 struct DenseNumbers {
   Adam adam;
-  float decay, lr, sign;  // sign of the gradient: -1 to maximize
+  float decay;
+
+  DenseNumbers(double beta1, double beta2, double eps, double decay, bool maximize)
+      : adam(beta1, beta2, eps), decay(static_cast<float>(decay)) {
+    if (maximize) adam.rest1 = -adam.rest1;  // as -G would
+  }
 };
 
 struct DenseList {
@@ -91,10 +103,9 @@ struct DenseList {
   std::vector<Dense> items;
 };
 
-// W <- decay W + lr U, with U of adam.h.
+// W <- decay W + U, with U of adam.h; the bias has the learning rate in it.
 SLIMSTATE_HD float adamw(const DenseNumbers& numbers, Bias bias, float w, float g, float& m, float& v) {
-  const float u = adam_direction(numbers.adam, bias, g * numbers.sign, m, v);
-  return w * numbers.decay + u * numbers.lr;
+  return w * numbers.decay + adam_direction(numbers.adam, bias, g, m, v);
 }
 
 inline DenseList check_adamw(const std::vector<torch::stable::Tensor>& ps,
@@ -103,7 +114,8 @@ inline DenseList check_adamw(const std::vector<torch::stable::Tensor>& ps,
                              const std::vector<torch::stable::Tensor>& seconds,
                              const std::vector<torch::stable::Tensor>& scales,
                              const std::vector<torch::stable::Tensor>& lows, const std::vector<double>& biases,
-                             const std::vector<int64_t>& keys, const std::vector<int64_t>& places, bool stochastic) {
+                             const std::vector<int64_t>& keys, const std::vector<int64_t>& places, bool stochastic,
+                             double lr) {
   using torch::headeronly::ScalarType;
   constexpr const char* op = "adamw_step_";
   const size_t count = ps.size();
@@ -123,7 +135,8 @@ inline DenseList check_adamw(const std::vector<torch::stable::Tensor>& ps,
     return static_cast<Format>(nearest + (low ? 2 : random ? 1 : 0));
   };
   const ScalarType weight = ps[0].scalar_type(), grad = grads[0].scalar_type(), moment = firsts[0].scalar_type();
-  list.kind.coded = moment == ScalarType::Byte;
+  list.kind.companded = is_companded(firsts[0]);
+  list.kind.coded = moment == ScalarType::Byte || list.kind.companded;
   list.kind.weight = format(weight, stochastic, !lows.empty());
   list.kind.grad = format(grad, false, false);
   list.kind.moment = list.kind.coded ? Format::float32 : format(moment, true, false);
@@ -131,7 +144,7 @@ inline DenseList check_adamw(const std::vector<torch::stable::Tensor>& ps,
   STD_TORCH_CHECK(lows.empty() || weight != ScalarType::Float, op, ": weights in float32 have no lows");
   STD_TORCH_CHECK(!keys.empty() || !(low_moments || (stochastic && weight != ScalarType::Float && lows.empty())), op,
                   ": keys needed");
-  STD_TORCH_CHECK(list.kind.coded == !scales.empty(), op, ": two scales for each parameter needed with uint8 moments");
+  STD_TORCH_CHECK(list.kind.coded == !scales.empty(), op, ": two scales for each parameter needed with moments as codes");
   for (size_t i = 0; i < count; ++i) {
     const int64_t numel = ps[i].numel();
     const auto check = [&](const torch::stable::Tensor& x, ScalarType dtype, const char* what) {
@@ -174,7 +187,7 @@ inline DenseList check_adamw(const std::vector<torch::stable::Tensor>& ps,
       x.place = {static_cast<uint64_t>(places[3 * i]), static_cast<uint64_t>(places[3 * i + 1]),
                  static_cast<uint64_t>(places[3 * i + 2])};
     }
-    x.bias = {static_cast<float>(biases[2 * i]), static_cast<float>(biases[2 * i + 1])};
+    x.bias = {static_cast<float>(biases[2 * i] * lr), static_cast<float>(biases[2 * i + 1])};
     if (numel > 0) list.items.push_back(x);
   }
   return list;

@@ -123,7 +123,9 @@ inline bool check_moments(const char* op, const torch::stable::Tensor& m, const 
   return m.scalar_type() == ScalarType::BFloat16;
 }
 
-enum class Moments { FLOAT32, BFLOAT16, CODES };
+enum class Moments { FLOAT32, BFLOAT16, CODES, COMPANDED };
+
+inline bool are_codes(Moments kept) { return kept == Moments::CODES || kept == Moments::COMPANDED; }
 
 // How the moments of a list are kept.
 inline Moments check_directions(const std::vector<torch::stable::Tensor>& rs,
@@ -139,20 +141,21 @@ inline Moments check_directions(const std::vector<torch::stable::Tensor>& rs,
   STD_TORCH_CHECK(scales.empty() || scales.size() == 2 * count, op, ": two scales for each of ", count, " needed");
   STD_TORCH_CHECK(ages.empty() ? biases.size() == 2 * count : ages.size() == count, op,
                   ": either ages of each matrix or two corrections needed");
-  Moments kept = scales.empty() ? Moments::FLOAT32 : Moments::CODES;
+  const ScalarType code = count > 0 && exp_avgs[0].scalar_type() == ScalarType::Char ? ScalarType::Char : ScalarType::Byte;
+  Moments kept = scales.empty() ? Moments::FLOAT32 : code == ScalarType::Byte ? Moments::CODES : Moments::COMPANDED;
   for (size_t i = 0; i < count; ++i) {
     const torch::stable::Tensor &r = rs[i], &m = exp_avgs[i], &v = exp_avg_sqs[i];
     STD_TORCH_CHECK(r.scalar_type() == ScalarType::Float && r.is_contiguous(), op, ": R must be float32 and contiguous");
     STD_TORCH_CHECK(on_one_device(r, m) && on_one_device(r, v) && on_one_device(r, rs[0]), op,
                     ": all tensors must be on one device");
-    if (kept == Moments::CODES) {
+    if (are_codes(kept)) {
       STD_TORCH_CHECK(r.dim() >= 2, op, ": codes go down the columns of matrices");
       const int64_t length = r.size(r.dim() - 2), inner = r.size(r.dim() - 1);
       const int64_t blocks = (length + 255) / 256 * inner;
       const int64_t needed = length == 0 ? 0 : r.numel() / std::max<int64_t>(1, length * inner) * blocks;
       for (const auto* x : {&m, &v}) {
-        STD_TORCH_CHECK(x->scalar_type() == ScalarType::Byte && x->is_contiguous() && x->numel() == r.numel(), op,
-                        ": codes must be uint8, contiguous and of R's shape");
+        STD_TORCH_CHECK(x->scalar_type() == code && x->is_contiguous() && x->numel() == r.numel(), op,
+                        ": codes must be uint8 or int8, contiguous and of R's shape");
       }
       for (const auto* x : {&scales[2 * i], &scales[2 * i + 1]}) {
         STD_TORCH_CHECK(x->scalar_type() == ScalarType::Float && x->is_contiguous() && x->numel() == needed &&

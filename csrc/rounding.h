@@ -56,6 +56,12 @@ SLIMSTATE_HD uint32_t float_bits(float x) {
   return bits;
 }
 
+SLIMSTATE_HD float bits_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 // Both functions round the magnitude and put the sign back, so -x rounds to minus what x rounds to. Past the largest
 // finite value there is no upper neighbour to be unbiased towards: there they round to nearest, as a plain cast does.
 struct BFloat16 {

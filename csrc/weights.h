@@ -5,12 +5,6 @@
 
 namespace slimstate {
 
-SLIMSTATE_HD float bits_float(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
 SLIMSTATE_HD float widen_bfloat16(uint16_t w) { return bits_float(static_cast<uint32_t>(w) << 16); }
 
 SLIMSTATE_HD uint16_t nearest_bfloat16(float x) {

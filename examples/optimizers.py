@@ -153,7 +153,8 @@ LOW_RANK = ("rank", "update_proj_gap", "scale")
 # (docs/benchmarks/pretrain.md); the others' are those of their kin, or of their papers.
 RECIPES = {
     "adamw": Recipe(adamw, lr_factor=1),
-    "adamw-8bit": Recipe(partial(adamw, moment_dtype="8bit"), lr_factor=1),
+    "adamw-8bit": Recipe(partial(adamw, moment_dtype="8bit"), lr_factor=1, placement=None),
+    "adamw-companded": Recipe(partial(adamw, moment_dtype="8bit-companded"), lr_factor=1, placement=None),
     "adamp": Recipe(adamp, lr_factor=1),
     "sgd": Recipe(sgd, lr_factor=30),
     "sgdp": Recipe(sgdp, lr_factor=30),

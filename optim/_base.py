@@ -182,7 +182,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _has_codes(self, p: Tensor, group: Group) -> bool:
         """Whether its moments are kept in 8 bits."""
-        return group.get("moment_dtype") == CODED and not SCALES.keys().isdisjoint(self._spec(p, group))
+        return group.get("moment_dtype") in CODED and not SCALES.keys().isdisjoint(self._spec(p, group))
 
     def _part(self, p: Tensor, group: Group) -> Part | None:
         """Where what this process holds of a parameter lies in it; None where it is whole.
@@ -203,9 +203,9 @@ class Optimizer(torch.optim.Optimizer):
             return
         if self._has_codes(p, group):
             raise ValueError(
-                f"moment_dtype='8bit' keeps moments in blocks along rows, which processes divide of a parameter of "
-                f"shape {tuple(p.shape)}, {', '.join(map(str, part.placements))}: use moment_dtype='bfloat16' for it, "
-                "or shard dim 0 (shard_placement_fn of fully_shard)"
+                f"moment_dtype={group['moment_dtype']!r} keeps moments in blocks along rows, which processes divide of "
+                f"a parameter of shape {tuple(p.shape)}, {', '.join(map(str, part.placements))}: use "
+                "moment_dtype='bfloat16' for it, or shard dim 0 (shard_placement_fn of fully_shard)"
             )
 
     def _select_states(self, group: Group, params: list[Tensor]) -> None:
@@ -467,13 +467,14 @@ class Optimizer(torch.optim.Optimizer):
         """A state with its moments in the form, numbers or codes, that they have here: rounded, or read."""
         spec, part, layout = self._spec(p, group), self._part(p, group), self._layout(p, group)
         for scale, key in SCALES.items():
-            if key not in state or key not in spec or (scale in state) == (scale in spec):
+            if key not in state or key not in spec:
                 continue
-            x = local(state[key])
-            if scale in spec:
-                made = encoded(x, key, layout)
-            else:
-                made = {key: decoded(x, local(state[scale]), key, layout, spec[key][1])}
+            x, dtype = local(state[key]), spec[key][1]
+            if (scale in state) == (scale in spec) and (scale not in spec or x.dtype == dtype):
+                continue
+            if scale in state:
+                x = decoded(x, local(state[scale]), key, layout, torch.float32 if scale in spec else dtype)
+            made = encoded(x, key, layout, dtype) if scale in spec else {key: x}
             if part is not None:
                 made = {name: part.join(y, self._axes(name, p, group), spec[name][0]) for name, y in made.items()}
             state = {name: y for name, y in state.items() if name != scale} | made

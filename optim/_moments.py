@@ -36,8 +36,8 @@ __all__ = [
 # Purposes of random bits: what is rounded. `_projected` goes on from here; `_base` counts them.
 WEIGHT, EXP_AVG, EXP_AVG_SQ = range(3)
 
-CODED = "8bit"
-MOMENT_DTYPES = ("float32", "bfloat16", "param", CODED)
+CODED = {"8bit": torch.uint8, "8bit-companded": torch.int8}  # what holds the codes tells their format
+MOMENT_DTYPES = ("float32", "bfloat16", "param", *CODED)
 
 # What may be codes: purpose of random bits, and whether it has a sign.
 MOMENTS = {"exp_avg": (EXP_AVG, True), "exp_avg_sq": (EXP_AVG_SQ, False), "momentum_buffer": (EXP_AVG, True)}
@@ -49,7 +49,7 @@ VOCABULARY, PER_WIDTH = 16384, 5  # what an embedding has at least: rows, and ro
 
 
 def holds_codes(shape: tuple[int, ...], layout: Layout) -> bool:
-    r"""Whether `moment_dtype="8bit"` keeps a moment of this shape as codes; float32 (float64 for float64) otherwise.
+    r"""Whether 8-bit moments of this shape are codes; float32 (float64 for float64) otherwise.
 
     The shape is the whole moment's, however processes divide it: so all of them keep the same, and what one number of
     processes saved is what another loads. Not kept as codes are
@@ -74,15 +74,12 @@ def moment_spec(
     key: str, p: Tensor, group: dict[str, Any], shape: tuple[int, ...], layout: Layout
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """What is kept of one moment of this shape: by default float32, and float64 for float64 parameters."""
-    match group["moment_dtype"]:
-        case "8bit" if holds_codes(shape, layout):
-            return {key: (shape, torch.uint8), f"{key}_scale": (scale_shape(shape, layout), torch.float32)}
-        case None | "8bit":
-            return {key: (shape, compute_dtype(p.dtype))}
-        case "param":
-            return {key: (shape, p.dtype)}
-        case name:
-            return {key: (shape, getattr(torch, name))}
+    name = group["moment_dtype"]
+    if name in CODED and holds_codes(shape, layout):
+        return {key: (shape, CODED[name]), f"{key}_scale": (scale_shape(shape, layout), torch.float32)}
+    if name is None or name in CODED:
+        return {key: (shape, compute_dtype(p.dtype))}
+    return {key: (shape, p.dtype if name == "param" else getattr(torch, name))}
 
 
 def as_found(spec: "Spec", state: "State", layout: Layout) -> "Spec":
@@ -93,7 +90,9 @@ def as_found(spec: "Spec", state: "State", layout: Layout) -> "Spec":
             continue
         shape, given = spec[key][0], state.get(key)
         if scale in state and len(shape) > (layout == "columns"):
-            found |= {key: (shape, torch.uint8), scale: (scale_shape(shape, layout), torch.float32)}
+            companded = isinstance(given, Tensor) and given.dtype == torch.int8
+            dtype = torch.int8 if companded else torch.uint8
+            found |= {key: (shape, dtype), scale: (scale_shape(shape, layout), torch.float32)}
         elif scale in spec and isinstance(given, Tensor) and given.is_floating_point():
             found[key] = (shape, torch.float32)
         elif scale in spec:
@@ -101,9 +100,9 @@ def as_found(spec: "Spec", state: "State", layout: Layout) -> "Spec":
     return found
 
 
-def encoded(x: Tensor, key: str, layout: Layout) -> dict[str, Tensor]:
-    """A moment of this name as codes and scales."""
-    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+def encoded(x: Tensor, key: str, layout: Layout, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A moment of this name as codes, of the format that this dtype holds, and scales."""
+    codes = torch.empty(x.shape, dtype=dtype, device=x.device)
     scale = torch.empty(scale_shape(x.shape, layout), dtype=torch.float32, device=x.device)
     encode_(codes, scale, x, signed=MOMENTS[key][1], layout=layout)
     return {key: codes, f"{key}_scale": scale}

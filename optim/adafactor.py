@@ -113,9 +113,10 @@ class GaLoreAdafactor(ProjectedOptimizer):
         transport: what becomes of the statistics at a refresh: `rotate` (default) carries them into the new basis,
             `keep` leaves the numbers, `reset` forgets them and their age (in a stack of matrices those of all).
         maximize: ascend instead.
-        moment_dtype: of the first moment: `float32`, `bfloat16` (rounded stochastically), `param` (the parameter's) or
-            `8bit` (codes with a scale for 256 of them, see `docs/precision.md`; not of stacks that are not projected);
-            None means float32, and float64 for float64 parameters. The statistics, few and of squares, are always so.
+        moment_dtype: of the first moment: `float32`, `bfloat16` (rounded stochastically), `param` (the parameter's),
+            `8bit` or `8bit-companded` (codes with a scale for 256 of them, see `docs/precision.md`; not of stacks that
+            are not projected); None means float32, and float64 for float64 parameters. The statistics, few and of
+            squares, are always so.
         basis_dtype: what bases are kept in: `bfloat16` or `8bit` (int8 codes, and a scale for each row of Q), which
             leaves them not quite orthonormal, see the guide to GaLoreAdamW; None means float32, and float64 for float64
             parameters. Q-GaLore, https://arxiv.org/abs/2407.08296, keeps them in 4 bits.
@@ -215,7 +216,7 @@ class GaLoreAdafactor(ProjectedOptimizer):
         else:
             view = dense_view(p, group)
             lead, rows, columns = list(view.lead), view.rows, view.columns
-            if lead and group["moment_dtype"] == CODED:  # its blocks of rows do not lie along dim 0
+            if lead and group["moment_dtype"] in CODED:  # its blocks of rows do not lie along dim 0
                 group = group | {"moment_dtype": None}
         spec: Spec = {"exp_avg_sq_row": ((*lead, rows), dtype), "exp_avg_sq_col": ((*lead, columns), dtype)}
         if group["beta1"] is not None:

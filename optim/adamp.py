@@ -305,9 +305,10 @@ class AdamP(TangentOptimizer):
         layer_view: whether the layer view is tried. As published it is; on a weight that is not scale-invariant it
             fires by chance in 8 % of the steps at :math:`\delta = 0.1`, whatever the shape.
         maximize: ascend instead.
-        moment_dtype: `float32`, `bfloat16` (rounded stochastically), `param` (the parameter's) or `8bit` (codes with a
-            scale for 256 of them; float32 where those would save little or harm, see `docs/precision.md`); None means
-            float32, and float64 for float64 parameters.
+        moment_dtype: `float32`, `bfloat16` (rounded stochastically), `param` (the parameter's), `8bit` or
+            `8bit-companded` (bitsandbytes' codes or finer and faster ones, with a scale for 256 of them; float32 where
+            those would save little or harm, see `docs/precision.md`); None means float32, and float64 for float64
+            parameters.
         stochastic_rounding: of weights in bfloat16 and float16; None means on.
         compensation: instead, round weights in bfloat16 and float16 to nearest and keep what that takes away: training
             is then that of float32 weights, at 2 bytes a weight more of state.
@@ -426,9 +427,10 @@ class SGDP(TangentOptimizer):
         wd_ratio: :math:`q_\text{wd}`, the share of the decay that remains where a view fired. Default 0.1, the paper's.
         layer_view: whether the layer view is tried, see `AdamP`.
         maximize: ascend instead.
-        moment_dtype: `float32`, `bfloat16` (rounded stochastically), `param` (the parameter's) or `8bit` (codes with a
-            scale for 256 of them; float32 where those would save little or harm, see `docs/precision.md`); None means
-            float32, and float64 for float64 parameters.
+        moment_dtype: `float32`, `bfloat16` (rounded stochastically), `param` (the parameter's), `8bit` or
+            `8bit-companded` (bitsandbytes' codes or finer and faster ones, with a scale for 256 of them; float32 where
+            those would save little or harm, see `docs/precision.md`); None means float32, and float64 for float64
+            parameters.
         stochastic_rounding: of weights in bfloat16 and float16; None means on.
         compensation: instead, round weights in bfloat16 and float16 to nearest and keep what that takes away: training
             is then that of float32 weights, at 2 bytes a weight more of state.

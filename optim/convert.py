@@ -192,8 +192,8 @@ def _to_blocks(key: int | str, state: dict[str, Any]) -> dict[str, Any]:
             result[f"state{i}"] = x.float()
             continue
         codes, absmax = x, scale.reshape(-1)
-        if not _same_blocks(x):
-            flat = encoded(decoded(x, scale, name, "rows", torch.float32).view(-1), name, "rows")
+        if x.dtype != torch.uint8 or not _same_blocks(x):
+            flat = encoded(decoded(x, scale, name, "rows", torch.float32).view(-1), name, "rows", torch.uint8)
             codes, absmax = flat[name].view(x.shape), flat[f"{name}_scale"]
         qmap = code_values(MOMENTS[name][1]).to(x.device, copy=True)
         result |= {f"state{i}": codes, f"absmax{i}": absmax, f"qmap{i}": qmap}

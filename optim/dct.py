@@ -92,9 +92,10 @@ class DCTAdamW(ProjectedOptimizer):
             dtype; `8bit` or `4bit`, rounded at random and without bias to 255 or 15 levels between plus and minus the
             largest magnitude in each column of G.
         maximize: ascend instead.
-        moment_dtype: `float32`, `bfloat16` (rounded stochastically), `param` (the parameter's) or `8bit` (codes with a
-            scale for 256 of them; float32 where those would save little or harm, see `docs/precision.md`); None means
-            float32, and float64 for float64 parameters.
+        moment_dtype: `float32`, `bfloat16` (rounded stochastically), `param` (the parameter's), `8bit` or
+            `8bit-companded` (bitsandbytes' codes or finer and faster ones, with a scale for 256 of them; float32 where
+            those would save little or harm, see `docs/precision.md`); None means float32, and float64 for float64
+            parameters.
         stochastic_rounding: of weights in bfloat16 and float16; None means on.
         compensation: instead, round weights in bfloat16 and float16 to nearest and keep what that takes away: training
             is then that of float32 weights, at 2 bytes a weight more of state.

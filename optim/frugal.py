@@ -101,9 +101,10 @@ class FRUGAL(ProjectedOptimizer):
         outer: `sign` (default), `sgd` or `none`, the rule without.
         outer_scale: c, the step outside relative to inside. Default 1, the paper's for pretraining (0.1 on GLUE).
         maximize: ascend instead.
-        moment_dtype: `float32`, `bfloat16` (rounded stochastically), `param` (the parameter's) or `8bit` (codes with a
-            scale for 256 of them; float32 where those would save little or harm, see `docs/precision.md`); None means
-            float32, and float64 for float64 parameters.
+        moment_dtype: `float32`, `bfloat16` (rounded stochastically), `param` (the parameter's), `8bit` or
+            `8bit-companded` (bitsandbytes' codes or finer and faster ones, with a scale for 256 of them; float32 where
+            those would save little or harm, see `docs/precision.md`); None means float32, and float64 for float64
+            parameters.
         basis_dtype: what dense bases are kept in: `bfloat16` or `8bit` (int8 codes, and a scale for each row of Q),
             which leaves them not quite orthonormal, see the guide to GaLoreAdamW; None means float32, and float64 for
             float64 parameters. Q-GaLore, https://arxiv.org/abs/2407.08296, keeps them in 4 bits.

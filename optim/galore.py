@@ -59,9 +59,10 @@ class GaLoreAdamW(ProjectedOptimizer):
         transport: what becomes of the moments at a refresh: `rotate` (default) carries them into the new basis, `keep`
             leaves the numbers, `reset` forgets them and their age (in a stack of matrices those of all).
         maximize: ascend instead.
-        moment_dtype: `float32`, `bfloat16` (rounded stochastically), `param` (the parameter's) or `8bit` (codes with a
-            scale for 256 of them; float32 where those would save little or harm, see `docs/precision.md`); None means
-            float32, and float64 for float64 parameters.
+        moment_dtype: `float32`, `bfloat16` (rounded stochastically), `param` (the parameter's), `8bit` or
+            `8bit-companded` (bitsandbytes' codes or finer and faster ones, with a scale for 256 of them; float32 where
+            those would save little or harm, see `docs/precision.md`); None means float32, and float64 for float64
+            parameters.
         basis_dtype: what bases are kept in: `bfloat16` or `8bit` (int8 codes, and a scale for each row of Q), which
             leaves them not quite orthonormal, see the guide to GaLoreAdamW; None means float32, and float64 for float64
             parameters. Q-GaLore, https://arxiv.org/abs/2407.08296, keeps them in 4 bits.

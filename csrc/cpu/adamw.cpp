@@ -104,8 +104,9 @@ struct Largest {
   float first, second;
 };
 
-SLIMSTATE_CLONES Largest update_coded(float* w, const float* g, float* m, float* v, int64_t n, DenseNumbers numbers,
-                                      slimstate::Bias bias, float first_scale, float second_scale) {
+SLIMSTATE_CLONES Largest update_coded(float* __restrict w, const float* __restrict g, float* __restrict m,
+                                      float* __restrict v, int64_t n, DenseNumbers numbers, slimstate::Bias bias,
+                                      float first_scale, float second_scale) {
   uint32_t first = 0, second = 0;  // of magnitudes the bits are in the order of the numbers, and NaN is above them
   for (int64_t i = 0; i < n; ++i) {
     float mean = m[i] * first_scale, square = v[i] * second_scale;
@@ -113,13 +114,15 @@ SLIMSTATE_CLONES Largest update_coded(float* w, const float* g, float* m, float*
     m[i] = mean;
     v[i] = square;
     first = std::max(first, slimstate::float_bits(mean) & 0x7fffffffU);
-    second = std::max(second, slimstate::float_bits(square) & 0x7fffffffU);
+    second = std::max(second, slimstate::float_bits(square));
   }
   return {slimstate::bits_float(first), slimstate::bits_float(second)};
 }
 
 // Blocks [from, to) of codes; those of the next block are looked up while the last one's are found.
+template <bool companded>
 void step_coded(const Dense& x, const DenseKind& kind, const DenseNumbers& numbers, int64_t from, int64_t to) {
+  constexpr slimstate::CodeKind signed_kind{companded, true}, unsigned_kind{companded, false};
   alignas(32) float first[2][code_block], second[2][code_block];
   const int64_t in_run = slimstate::blocks_of_run(x.length);
   struct Piece {
@@ -131,8 +134,8 @@ void step_coded(const Dense& x, const DenseKind& kind, const DenseNumbers& numbe
   };
   const auto codes = [](void* moment, int64_t begin) { return static_cast<uint8_t*>(moment) + begin; };
   Piece own = piece(from);
-  slimstate::look_up({first[from % 2], codes(x.first, own.begin), own.n}, true);
-  slimstate::look_up({second[from % 2], codes(x.second, own.begin), own.n}, false);
+  slimstate::look_up({first[from % 2], codes(x.first, own.begin), own.n}, signed_kind);
+  slimstate::look_up({second[from % 2], codes(x.second, own.begin), own.n}, unsigned_kind);
   for (int64_t block = from; block < to; ++block) {
     float *m = first[block % 2], *v = second[block % 2];
     const Piece next = block + 1 < to ? piece(block + 1) : Piece{0, 0};
@@ -141,11 +144,11 @@ void step_coded(const Dense& x, const DenseKind& kind, const DenseNumbers& numbe
     const Largest scale = update_coded(w.wide(), g.wide(), m, v, own.n, numbers, x.bias, x.first_scale[block],
                                        x.second_scale[block]);
     w.store(x.weight_key, x.place);
-    x.first_scale[block] = scale.first;
-    x.second_scale[block] = scale.second;
-    slimstate::encode_block(codes(x.first, own.begin), m, scale.first, own.n, true,
+    x.first_scale[block] = slimstate::scale_of(scale.first, signed_kind);
+    x.second_scale[block] = slimstate::scale_of(scale.second, unsigned_kind);
+    slimstate::encode_block(codes(x.first, own.begin), m, x.first_scale[block], own.n, signed_kind,
                             {first[(block + 1) % 2], codes(x.first, next.begin), next.n});
-    slimstate::encode_block(codes(x.second, own.begin), v, scale.second, own.n, false,
+    slimstate::encode_block(codes(x.second, own.begin), v, x.second_scale[block], own.n, unsigned_kind,
                             {second[(block + 1) % 2], codes(x.second, next.begin), next.n});
     own = next;
   }
@@ -156,9 +159,8 @@ void adamw_step_(std::vector<Tensor> ps, std::vector<Tensor> grads, std::vector<
                  std::vector<double> biases, std::vector<int64_t> keys, std::vector<int64_t> places, bool stochastic,
                  double decay, double lr, double beta1, double beta2, double eps, bool maximize) {
   const auto list = slimstate::check_adamw(ps, grads, exp_avgs, exp_avg_sqs, scales, lows, biases, keys, places,
-                                           stochastic);
-  const DenseNumbers numbers{{beta1, beta2, eps}, static_cast<float>(decay), static_cast<float>(lr),
-                             maximize ? -1.0F : 1.0F};
+                                           stochastic, lr);
+  const DenseNumbers numbers(beta1, beta2, eps, decay, maximize);
   struct Job {
     const Dense* x;
     int64_t begin, end;  // pieces
@@ -173,7 +175,7 @@ void adamw_step_(std::vector<Tensor> ps, std::vector<Tensor> grads, std::vector<
     for (int64_t i = from; i < to; ++i) {
       const Dense& x = *jobs[i].x;
       if (list.kind.coded) {
-        step_coded(x, list.kind, numbers, jobs[i].begin, jobs[i].end);
+        (list.kind.companded ? step_coded<true> : step_coded<false>)(x, list.kind, numbers, jobs[i].begin, jobs[i].end);
         continue;
       }
       for (int64_t piece = jobs[i].begin; piece < jobs[i].end; ++piece) {

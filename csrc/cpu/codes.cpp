@@ -8,17 +8,8 @@
 #include <cmath>
 
 #include "adamw.h"
+#include "cpu/avx2.h"
 #include "cpu/clones.h"
-
-#if defined(SLIMSTATE_LEVELS) && (defined(__AVX2__) || !defined(SLIMSTATE_NATIVE))
-#define SLIMSTATE_AVX2
-#include <immintrin.h>
-#ifdef SLIMSTATE_NATIVE
-#define AVX2_FUNCTION
-#else
-#define AVX2_FUNCTION __attribute__((target("arch=x86-64-v3")))
-#endif
-#endif
 
 using torch::stable::Tensor;
 
@@ -159,16 +150,6 @@ AVX2_FUNCTION void encode_avx2(uint8_t* codes, const float* x, const float* divi
   }
 }
 
-// Whether the machine has it.
-bool has_avx2() {
-#ifdef SLIMSTATE_NATIVE
-  return true;
-#else
-  static const bool here = __builtin_cpu_supports("x86-64-v3");
-  return here;
-#endif
-}
-
 #endif
 
 template <bool with_sign, bool each>
@@ -186,7 +167,7 @@ void encode(uint8_t* codes, const float* x, const float* divisor, int64_t n, con
   }
 #endif
   nearest_codes(codes + done, x + done, divisor + (each ? done : 0), each, n - done, with_sign);
-  look_up({next.x + looked_up, next.codes + looked_up, next.n - looked_up}, with_sign);
+  look_up_dynamic({next.x + looked_up, next.codes + looked_up, next.n - looked_up}, with_sign);
 }
 
 }  // namespace
@@ -197,19 +178,18 @@ SLIMSTATE_CLONES float largest(const float* x, int64_t n) {
   return std::bit_cast<float>(most);
 }
 
-void look_up(const Lookup& block, bool with_sign) {
+void look_up_dynamic(const Lookup& block, bool with_sign) {
   const float* values = maps[with_sign].value;
   int64_t i = 0;
   for (; i + 16 <= block.n; i += 16) look_up_some<16>(block.x + i, block.codes + i, values);
   for (; i < block.n; ++i) block.x[i] = values[block.codes[i]];
 }
 
-void encode_block(uint8_t* codes, const float* x, float scale, int64_t n, bool with_sign, const Lookup& next) {
-  const float divisor = scale == 0 ? 1 : scale;
+void encode_dynamic(uint8_t* codes, const float* x, float divisor, int64_t n, bool with_sign, const Lookup& next) {
   with_sign ? encode<true, false>(codes, x, &divisor, n, next) : encode<false, false>(codes, x, &divisor, n, next);
 }
 
-void encode_each(uint8_t* codes, const float* x, const float* divisor, int64_t n, bool with_sign) {
+void encode_dynamic_each(uint8_t* codes, const float* x, const float* divisor, int64_t n, bool with_sign) {
   with_sign ? encode<true, true>(codes, x, divisor, n, {}) : encode<false, true>(codes, x, divisor, n, {});
 }
 
@@ -218,6 +198,7 @@ void encode_each(uint8_t* codes, const float* x, const float* divisor, int64_t n
 namespace {
 
 using slimstate::code_block;
+using slimstate::CodeKind;
 using slimstate::CodeRuns;
 
 SLIMSTATE_CLONES void larger_of_each(float* most, const float* x, int64_t n) {
@@ -253,42 +234,44 @@ void for_each_piece(const CodeRuns& runs, const Step& step) {
 
 void encode_(Tensor codes, Tensor scale, Tensor x, bool with_sign, bool columns) {
   const CodeRuns runs = slimstate::check_codes("encode_", codes, scale, x, columns);
+  const CodeKind kind = slimstate::code_kind(codes, with_sign);
   auto* target = static_cast<uint8_t*>(codes.mutable_data_ptr());
   auto* scales = static_cast<float*>(scale.mutable_data_ptr());
   const auto* source = static_cast<const float*>(x.const_data_ptr());
   for_each_piece(runs, [&](int64_t first, int64_t rows, int64_t at, int64_t width) {
     if (runs.inner == 1) {
-      scales[at] = slimstate::largest(source + first, rows);
-      slimstate::encode_block(target + first, source + first, scales[at], rows, with_sign);
+      scales[at] = slimstate::scale_of(slimstate::largest(source + first, rows), kind);
+      slimstate::encode_block(target + first, source + first, scales[at], rows, kind);
       return;
     }
-    float divisor[code_block] = {};
-    for (int64_t i = 0; i < rows; ++i) larger_of_each(divisor, source + first + i * runs.inner, width);
+    float most[code_block] = {}, factors[code_block];
+    for (int64_t i = 0; i < rows; ++i) larger_of_each(most, source + first + i * runs.inner, width);
     for (int64_t j = 0; j < width; ++j) {
-      scales[at + j] = divisor[j];
-      if (divisor[j] == 0) divisor[j] = 1;
+      scales[at + j] = slimstate::scale_of(most[j], kind);
+      factors[j] = slimstate::factor_of(scales[at + j], kind);
     }
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t row = first + i * runs.inner;
-      slimstate::encode_each(target + row, source + row, divisor, width, with_sign);
+      slimstate::encode_each(target + row, source + row, factors, width, kind);
     }
   });
 }
 
 void decode_(Tensor x, Tensor codes, Tensor scale, bool with_sign, bool columns) {
   const CodeRuns runs = slimstate::check_codes("decode_", codes, scale, x, columns);
+  const CodeKind kind = slimstate::code_kind(codes, with_sign);
   const auto* source = static_cast<const uint8_t*>(codes.const_data_ptr());
   const auto* scales = static_cast<const float*>(scale.const_data_ptr());
   auto* target = static_cast<float*>(x.mutable_data_ptr());
   for_each_piece(runs, [&](int64_t first, int64_t rows, int64_t at, int64_t width) {
     if (runs.inner == 1) {
-      slimstate::look_up({target + first, source + first, rows}, with_sign);
+      slimstate::look_up({target + first, source + first, rows}, kind);
       times(target + first, scales[at], rows);
       return;
     }
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t row = first + i * runs.inner;
-      slimstate::look_up({target + row, source + row, width}, with_sign);
+      slimstate::look_up({target + row, source + row, width}, kind);
       times_each(target + row, scales + at, width);
     }
   });

@@ -107,9 +107,11 @@ SLIMSTATE_CLONES void step_decoded(float* __restrict r, float* __restrict m, flo
 }
 
 // Codes: of each matrix the work is blocks of 256 rows and BESIDE columns, which job.begin counts.
+template <bool companded>
 void step_codes(const std::vector<Matrix>& matrices, const std::vector<Job>& jobs, double beta1, double beta2,
                 double eps, bool maximize) {
   using slimstate::code_block;
+  constexpr slimstate::CodeKind kinds[] = {{companded, true}, {companded, false}};
   const slimstate::Adam adam(beta1, beta2, eps);
   torch::stable::parallel_for(0, static_cast<int64_t>(jobs.size()), 1, [&](int64_t from, int64_t to) {
     const std::unique_ptr<float[]> room(new float[2 * code_block * BESIDE]);
@@ -126,11 +128,11 @@ void step_codes(const std::vector<Matrix>& matrices, const std::vector<Job>& job
                          x.v_scale + (member * blocks + block) * x.columns + column};
       uint8_t* codes[] = {static_cast<uint8_t*>(x.m), static_cast<uint8_t*>(x.v)};
       float* wide[] = {room.get(), room.get() + code_block * BESIDE};
-      float largest[2][BESIDE] = {};
+      float largest[2][BESIDE] = {}, factors[BESIDE];
       for (int64_t t = 0; t < height; ++t) {
         const int64_t at = (first + t) * x.columns + column;
         for (int k = 0; k < 2; ++k) {
-          slimstate::look_up({wide[k] + t * BESIDE, codes[k] + at, width}, k == 0);
+          slimstate::look_up({wide[k] + t * BESIDE, codes[k] + at, width}, kinds[k]);
           scaled(wide[k] + t * BESIDE, scales[k], width);
         }
         if (x.ages != nullptr && x.ages[first + t] != age) {
@@ -140,11 +142,13 @@ void step_codes(const std::vector<Matrix>& matrices, const std::vector<Job>& job
                      x.ages == nullptr ? x.bias : bias);
       }
       for (int k = 0; k < 2; ++k) {
-        std::copy_n(largest[k], width, scales[k]);
-        for (float& divisor : largest[k]) divisor = divisor == 0 ? 1 : divisor;
+        for (int64_t j = 0; j < width; ++j) {
+          scales[k][j] = slimstate::scale_of(largest[k][j], kinds[k]);
+          factors[j] = slimstate::factor_of(scales[k][j], kinds[k]);
+        }
         for (int64_t t = 0; t < height; ++t) {
           const int64_t at = (first + t) * x.columns + column;
-          slimstate::encode_each(codes[k] + at, wide[k] + t * BESIDE, largest[k], width, k == 0);
+          slimstate::encode_each(codes[k] + at, wide[k] + t * BESIDE, factors, width, kinds[k]);
         }
       }
     }
@@ -177,7 +181,7 @@ void adam_directions_(std::vector<Tensor> rs, std::vector<Tensor> exp_avgs, std:
       x.place = {static_cast<uint64_t>(places[3 * i]), static_cast<uint64_t>(places[3 * i + 1]),
                  static_cast<uint64_t>(places[3 * i + 2])};
     }
-    if (kept == Moments::CODES) {
+    if (slimstate::are_codes(kept)) {
       x.m_scale = static_cast<float*>(scales[2 * i].mutable_data_ptr());
       x.v_scale = static_cast<float*>(scales[2 * i + 1].mutable_data_ptr());
       x.length = rs[i].size(rs[i].dim() - 2);
@@ -196,9 +200,10 @@ void adam_directions_(std::vector<Tensor> rs, std::vector<Tensor> exp_avgs, std:
     }
     matrices.push_back(x);
   }
-  const auto all = kept == Moments::CODES      ? step_codes
-                   : kept == Moments::BFLOAT16 ? step_all<slimstate::BFloat16Moment>
-                                               : step_all<slimstate::Float32Moment>;
+  const auto all = kept == Moments::CODES       ? step_codes<false>
+                   : kept == Moments::COMPANDED ? step_codes<true>
+                   : kept == Moments::BFLOAT16  ? step_all<slimstate::BFloat16Moment>
+                                                : step_all<slimstate::Float32Moment>;
   all(matrices, jobs, beta1, beta2, eps, maximize);
 }
 

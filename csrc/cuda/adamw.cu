@@ -5,7 +5,6 @@
 #include "cuda/codes.cuh"
 
 using slimstate::code_block;
-using slimstate::CodeMap;
 using slimstate::Dense;
 using slimstate::DenseKind;
 using slimstate::DenseNumbers;
@@ -91,35 +90,39 @@ __global__ void step_all(const __grid_constant__ Batch<Dense> batch, DenseKind k
   }
 }
 
-template <typename Weight>
+template <typename Weight, typename Codes>
 __global__ void step_coded(const __grid_constant__ Batch<Dense> batch, DenseKind kind, DenseNumbers numbers) {
-  __shared__ CodeMap first_map, second_map;
-  stage_map(first_map, true);
-  stage_map(second_map, false);
+  using Bits = typename Codes::Bits;
+  __shared__ typename Codes::Room rooms[2];
+  const Codes first_codes(rooms[0], true), second_codes(rooms[1], false);
   const auto [x, cta] = batch.find(blockIdx.x);
   const bool wide = all_aligned(x) && x.length % lane_elements == 0;
   const int64_t blocks = x.rows * ((x.length + code_block - 1) / code_block);
-  auto* first = static_cast<uint8_t*>(x.first);
-  auto* second = static_cast<uint8_t*>(x.second);
+  auto* first = static_cast<Bits*>(x.first);
+  auto* second = static_cast<Bits*>(x.second);
   for (int64_t i = 0; i < warp_blocks; ++i) {
     const int64_t block = cta * cta_blocks + i * (threads / 32) + threadIdx.x / 32;
     if (block >= blocks) break;  // the whole warp
     const LanePack own(block, x.length);
-    auto m = decode_pack(load<lane_elements>(first + own.start, own.left, wide), x.first_scale[block], first_map);
-    auto v = decode_pack(load<lane_elements>(second + own.start, own.left, wide), x.second_scale[block], second_map);
+    auto m = decode_pack(load<lane_elements>(first + own.start, own.left, wide), x.first_scale[block], first_codes);
+    auto v = decode_pack(load<lane_elements>(second + own.start, own.left, wide), x.second_scale[block], second_codes);
     step<Weight, lane_elements>(x, kind, numbers, m, v, own.start, own.left, wide);
 #pragma unroll
     for (int k = 0; k < lane_elements; ++k) {  // what lies past the end decides nothing
       m[k] = k < own.left ? m[k] : 0;
       v[k] = k < own.left ? v[k] : 0;
     }
-    const float m_scale = warp_largest(m), v_scale = warp_largest(v);  // after all lanes have read the old ones
+    // After all lanes have read the old ones.
+    const float m_scale = slimstate::scale_of(warp_largest(m), Codes::kind(true));
+    const float v_scale = slimstate::scale_of(warp_largest(v), Codes::kind(false));
     if (threadIdx.x % 32 == 0) {
       x.first_scale[block] = m_scale;
       x.second_scale[block] = v_scale;
     }
-    store(first + own.start, encode_pack(m, m_scale, first_map), own.left, wide);
-    store(second + own.start, encode_pack(v, v_scale, second_map), own.left, wide);
+    const float m_factor = slimstate::factor_of(m_scale, Codes::kind(true));
+    const float v_factor = slimstate::factor_of(v_scale, Codes::kind(false));
+    store(first + own.start, encode_pack(m, m_factor, first_codes), own.left, wide);
+    store(second + own.start, encode_pack(v, v_factor, second_codes), own.left, wide);
   }
 }
 
@@ -128,17 +131,17 @@ void adamw_step_(std::vector<Tensor> ps, std::vector<Tensor> grads, std::vector<
                  std::vector<double> biases, std::vector<int64_t> keys, std::vector<int64_t> places, bool stochastic,
                  double decay, double lr, double beta1, double beta2, double eps, bool maximize) {
   const auto list = slimstate::check_adamw(ps, grads, exp_avgs, exp_avg_sqs, scales, lows, biases, keys, places,
-                                           stochastic);
+                                           stochastic, lr);
   if (list.items.empty()) return;
-  const DenseNumbers numbers{{beta1, beta2, eps}, static_cast<float>(decay), static_cast<float>(lr),
-                             maximize ? -1.0F : 1.0F};
+  const DenseNumbers numbers(beta1, beta2, eps, decay, maximize);
   slimstate::with_format(list.kind.weight, [&](auto how) {
     using Weight = decltype(how);
     if (list.kind.coded) {
       const auto ctas = [](const Dense& x) {
         return blocks_of(x.rows * slimstate::blocks_of_run(x.length), cta_blocks);
       };
-      launch_each(list.items, ctas, ps[0], step_coded<Weight>, list.kind, numbers);
+      const auto step = list.kind.companded ? step_coded<Weight, Companding> : step_coded<Weight, Dynamic>;
+      launch_each(list.items, ctas, ps[0], step, list.kind, numbers);
     } else {
       const auto ctas = [](const Dense& x) { return blocks_of(x.length); };
       launch_each(list.items, ctas, ps[0], step_all<Weight>, list.kind, numbers);

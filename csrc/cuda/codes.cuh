@@ -11,7 +11,6 @@ constexpr int lane_elements = code_block / 32;
 constexpr int64_t warp_blocks = 4;  // that one warp goes through
 constexpr int64_t cta_blocks = warp_blocks * (threads / 32);
 
-// Copies a map; all threads of the block come here.
 __device__ inline void stage_map(CodeMap& target, bool with_sign) {
   for (int i = threadIdx.x; i < 256; i += threads) {
     target.value[i] = code_maps[with_sign].value[i];
@@ -28,20 +27,58 @@ __device__ inline float warp_largest(const Pack<float, lane_elements>& x) {
   return warp_reduce(most, Max{});
 }
 
-__device__ inline Pack<uint8_t, lane_elements> encode_pack(const Pack<float, lane_elements>& x, float scale,
-                                                           const CodeMap& map) {
-  Pack<uint8_t, lane_elements> codes;
-  const float divisor = scale == 0 ? 1 : scale;
+// What finds and reads codes, of numbers with a sign or of others; dynamic ones need room for a map.
+
+class Dynamic {
+ public:
+  using Bits = uint8_t;
+  using Room = CodeMap;
+
+  // All threads of the block come here.
+  __device__ Dynamic(Room& room, bool with_sign) : map_(room) { stage_map(room, with_sign); }
+
+  static constexpr CodeKind kind(bool with_sign) { return {false, with_sign}; }
+  __device__ float value(uint8_t code) const { return map_.value[code]; }
+  __device__ uint8_t code(float x, float factor) const { return nearest_code(x / factor, map_); }
+
+ private:
+  const CodeMap& map_;
+};
+
+class Companding {
+ public:
+  using Bits = int8_t;
+  struct Room {};
+
+  __device__ Companding(Room&, bool with_sign) : with_sign_(with_sign) {}
+
+  static constexpr CodeKind kind(bool with_sign) { return {true, with_sign}; }
+  __device__ float value(int8_t code) const {
+    return with_sign_ ? Companded<true>::value(code) : Companded<false>::value(code);
+  }
+  __device__ int8_t code(float x, float factor) const {
+    return with_sign_ ? Companded<true>::code(x * factor) : Companded<false>::code(x * factor);
+  }
+
+ private:
+  bool with_sign_;
+};
+
+template <typename Codes>
+__device__ Pack<typename Codes::Bits, lane_elements> encode_pack(const Pack<float, lane_elements>& x, float factor,
+                                                                 const Codes& how) {
+  Pack<typename Codes::Bits, lane_elements> codes;
 #pragma unroll
-  for (int k = 0; k < lane_elements; ++k) codes[k] = nearest_code(x[k] / divisor, map);
+  for (int k = 0; k < lane_elements; ++k) codes[k] = how.code(x[k], factor);
   return codes;
 }
 
-__device__ inline Pack<float, lane_elements> decode_pack(const Pack<uint8_t, lane_elements>& codes, float scale,
-                                                         const CodeMap& map) {
+template <typename Codes>
+__device__ Pack<float, lane_elements> decode_pack(const Pack<typename Codes::Bits, lane_elements>& codes, float scale,
+                                                  const Codes& how) {
   Pack<float, lane_elements> x;
 #pragma unroll
-  for (int k = 0; k < lane_elements; ++k) x[k] = map.value[codes[k]] * scale;
+  for (int k = 0; k < lane_elements; ++k) x[k] = how.value(codes[k]) * scale;
   return x;
 }
 

@@ -77,10 +77,12 @@ int64_t tiles(const Matrix& x) {
 }
 
 // Codes: a block of threads for 256 rows of 32 columns, every eighth row for each thread, in registers in between.
+template <typename Codes>
 __global__ void step_codes(const __grid_constant__ Batch<Matrix> batch, Rule rule) {
   using slimstate::code_block;
+  using Bits = typename Codes::Bits;
   constexpr int warps = threads / 32, own_rows = code_block / warps;
-  __shared__ slimstate::CodeMap maps[2];
+  __shared__ typename Codes::Room rooms[2];
   __shared__ slimstate::Bias biases[code_block];
   __shared__ float largest[2][warps][32];
   const auto [x, tile] = batch.find(blockIdx.x);
@@ -89,15 +91,14 @@ __global__ void step_codes(const __grid_constant__ Batch<Matrix> batch, Rule rul
   const int64_t column = tile % beside * 32 + lane, block = tile / beside, member = block / blocks;
   const int64_t row = member * x.length + block % blocks * code_block;
   const int rows = static_cast<int>(min(code_block, x.length - block % blocks * code_block));
-  stage_map(maps[0], true);
-  stage_map(maps[1], false);
+  const Codes m_codes(rooms[0], true), v_codes(rooms[1], false);
   for (int t = threadIdx.x; t < rows; t += threads) {
     biases[t] = x.ages == nullptr ? x.bias
                                   : slimstate::bias_of(x.ages[row + t], rule.beta1, rule.beta2, rule.maximize);
   }
   __syncthreads();
-  auto* m = static_cast<uint8_t*>(x.m);
-  auto* v = static_cast<uint8_t*>(x.v);
+  auto* m = static_cast<Bits*>(x.m);
+  auto* v = static_cast<Bits*>(x.v);
   const bool inside = column < x.columns;
   const int64_t at = block * x.columns + column;
   const float m_scale = inside ? x.m_scale[at] : 0, v_scale = inside ? x.v_scale[at] : 0;
@@ -107,8 +108,8 @@ __global__ void step_codes(const __grid_constant__ Batch<Matrix> batch, Rule rul
     const int t = warp + i * warps;
     if (!inside || t >= rows) continue;
     const int64_t element = (row + t) * x.columns + column;
-    mean[i] = maps[0].value[m[element]] * m_scale;
-    square[i] = maps[1].value[v[element]] * v_scale;
+    mean[i] = m_codes.value(m[element]) * m_scale;
+    square[i] = v_codes.value(v[element]) * v_scale;
     x.r[element] = slimstate::adam_direction(rule.adam, biases[t], x.r[element], mean[i], square[i]);
     most_m = Max{}(fabsf(mean[i]), most_m);
     most_v = Max{}(fabsf(square[i]), most_v);
@@ -121,19 +122,21 @@ __global__ void step_codes(const __grid_constant__ Batch<Matrix> batch, Rule rul
     most_m = Max{}(largest[0][i][lane], most_m);
     most_v = Max{}(largest[1][i][lane], most_v);
   }
+  const float new_m = slimstate::scale_of(most_m, Codes::kind(true));
+  const float new_v = slimstate::scale_of(most_v, Codes::kind(false));
   if (inside && warp == 0) {
-    x.m_scale[at] = most_m;
-    x.v_scale[at] = most_v;
+    x.m_scale[at] = new_m;
+    x.v_scale[at] = new_v;
   }
-  most_m = most_m == 0 ? 1 : most_m;
-  most_v = most_v == 0 ? 1 : most_v;
+  const float m_factor = slimstate::factor_of(new_m, Codes::kind(true));
+  const float v_factor = slimstate::factor_of(new_v, Codes::kind(false));
 #pragma unroll
   for (int i = 0; i < own_rows; ++i) {
     const int t = warp + i * warps;
     if (!inside || t >= rows) continue;
     const int64_t element = (row + t) * x.columns + column;
-    m[element] = slimstate::nearest_code(mean[i] / most_m, maps[0]);
-    v[element] = slimstate::nearest_code(square[i] / most_v, maps[1]);
+    m[element] = m_codes.code(mean[i], m_factor);
+    v[element] = v_codes.code(square[i], v_factor);
   }
 }
 
@@ -161,7 +164,7 @@ void adam_directions_(std::vector<Tensor> rs, std::vector<Tensor> exp_avgs, std:
       x.place = {static_cast<uint64_t>(places[3 * i]), static_cast<uint64_t>(places[3 * i + 1]),
                  static_cast<uint64_t>(places[3 * i + 2])};
     }
-    if (kept == Moments::CODES) {
+    if (slimstate::are_codes(kept)) {
       x.m_scale = static_cast<float*>(scales[2 * i].mutable_data_ptr());
       x.v_scale = static_cast<float*>(scales[2 * i + 1].mutable_data_ptr());
       x.length = rs[i].size(rs[i].dim() - 2);
@@ -170,8 +173,9 @@ void adam_directions_(std::vector<Tensor> rs, std::vector<Tensor> exp_avgs, std:
     matrices.push_back(x);
   }
   const Rule rule{{beta1, beta2, eps}, beta1, beta2, maximize};
-  if (kept == Moments::CODES) {
-    launch_each(matrices, tiles, rs[0], step_codes, rule);
+  if (slimstate::are_codes(kept)) {
+    const auto step = kept == Moments::CODES ? step_codes<Dynamic> : step_codes<Companding>;
+    launch_each(matrices, tiles, rs[0], step, rule);
     return;
   }
   launch_each(matrices, [](const Matrix& x) { return blocks_of(x.numel); }, rs[0],

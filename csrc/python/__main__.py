@@ -52,7 +52,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", help="a preset (an unknown one lists them), or the path of a config.json of transformers")
     add("--optimizer", help="one of slimstate.optim")
     add("--rank", type=_number, help="of projected matrices: a count, or a share such as 0.25")
-    add("--moment-dtype", help="float32, bfloat16, param or 8bit")
+    add("--moment-dtype", help="float32, bfloat16, param, 8bit or 8bit-companded")
     add("--basis-dtype", help="bfloat16 or 8bit")
     add("--set", nargs="+", type=_setting, default=[], metavar="KEY=VALUE", help="further settings of the optimizer")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: the model's)")

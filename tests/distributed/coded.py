@@ -46,7 +46,7 @@ def differences(net, optimizer, other, reference):
             if not isinstance(y, torch.Tensor):
                 continue
             x = whole(here[key])
-            coded += y.dtype == torch.uint8
+            coded += y.dtype in (torch.uint8, torch.int8)
             if not (torch.allclose(x, y, rtol=1e-12, atol=1e-12) if y.dtype == torch.float64 else torch.equal(x, y)):
                 found.append((tuple(q.shape), key))
     assert coded >= 3

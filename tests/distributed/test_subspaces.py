@@ -61,7 +61,7 @@ def test_processes_train_as_one_for_fifty_steps(name, dim, processes, dtype):
     elif name.startswith("GradNormLoRP"):
         assert of_length < 1e-4  # dV has near ties: gradients off by their last bit take one process 4e-5 away
     else:
-        assert of_length < 1e-6
+        assert of_length < 4e-6
 
 
 @pytest.mark.parametrize(

@@ -120,10 +120,17 @@ CASES |= {
         name: CASES[name] for name in ("FRUGAL, columns", "DCTAdamW, every step", *IN_ALL)
     }.items()
 }
+CASES |= {
+    f"{name}, companded moments": (kind, matrices, common | {"moment_dtype": "8bit-companded"})
+    for name, (kind, matrices, common) in {
+        name: CASES[name] for name in ("AdamW", "GaLoreAdamW, power, rotate", *IN_ALL)
+    }.items()
+}
 # One or more of each class, for what its variants have in common.
 FEW = [
     "AdamW",
     "AdamW8bit",
+    "AdamW, companded moments",
     "AdamP",
     "SGDP",
     "GaLoreAdamW8bit",

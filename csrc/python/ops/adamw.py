@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._compiled import COMPILED, TAKEN
 from ._samples import Sample
-from .codes import decode_reference, encode_reference_, scale_shape
+from .codes import CODES, decode_reference, encode_reference_, scale_shape
 from .keys import WHOLE, Key, PartKey, Place, counter_key
 from .weights import LOW_PRECISION, NEAREST, Rounding, narrow_, widen
 
@@ -25,7 +25,7 @@ class Dense(NamedTuple):
     Args:
         p: W.
         grad: G, of W's shape.
-        exp_avg: M, of W's shape; as codes (uint8) in the layout ``rows`` of :func:`slimstate.ops.encode_`.
+        exp_avg: M, of W's shape; as codes (uint8, int8) in the layout ``rows`` of :func:`slimstate.ops.encode_`.
         exp_avg_sq: V, likewise.
         age: t, the number of gradients in the moments, this one included. A number, or a 0-d CPU tensor.
         scales: of codes, those of M and V; else None.
@@ -47,7 +47,7 @@ def takes_adamw(x: Dense) -> bool:
     """Whether :func:`adamw_step_` is one compiled pass for these: contiguous memory; W, M and V in float32, bfloat16 or
     float16, M and V also as codes, G in W's dtype or float32."""
     moments = (x.exp_avg, x.exp_avg_sq)
-    kept = _NUMBERS if x.scales is None else (torch.uint8,)
+    kept = _NUMBERS if x.scales is None else CODES
     tensors = (x.p, x.grad, *moments, *(x.scales or ()), *([] if x.rounding.low is None else [x.rounding.low]))
     return (
         x.p.device.type in TAKEN
@@ -222,9 +222,9 @@ def adamw_reference_(
     v = moments[1] * beta2 + g * g * (1 - beta2)
     # Through float64: what torch calls for float32 on the CPU, MKL's, is off by a unit in the last place at times.
     root = v.double().sqrt().float() if v.device.type == "cpu" else v.sqrt()
-    u = m * bias[0] / (root * bias[1] + eps)
+    u = m * (bias[0] * lr) / (root * bias[1] + eps)
     w = widen(x.p, x.rounding.low if x.p.dtype in LOW_PRECISION else None, torch.float32)
-    narrow_(x.p, w * decay + u * lr, x.rounding)
+    narrow_(x.p, w * decay + u, x.rounding)
     for j, (kept, value) in enumerate(zip((x.exp_avg, x.exp_avg_sq), (m, v), strict=True)):
         if x.scales is not None:
             encode_reference_(kept, x.scales[j], value, signed=j == 0, layout="rows")
@@ -274,7 +274,7 @@ def _keyed_reference(*arguments: object) -> None:
 
 # Weights, gradients, how weights are rounded, and moments.
 _KINDS = (
-    *((torch.float32, torch.float32, "", moment) for moment in (*LOW_PRECISION, torch.uint8)),
+    *((torch.float32, torch.float32, "", moment) for moment in (*LOW_PRECISION, *CODES)),
     *(
         (dtype, grad, how, moment)
         for dtype in LOW_PRECISION
@@ -285,6 +285,7 @@ _KINDS = (
             ("compensated", dtype, torch.float32),
             ("stochastic", dtype, torch.uint8),
             ("compensated", torch.float32, torch.uint8),
+            ("stochastic", torch.float32, torch.int8),
         )
     ),
 )
@@ -301,8 +302,10 @@ def samples(device: str) -> Iterator[Sample]:
                 g = torch.randn(shape, generator=generator)
                 first, second = g * torch.rand(shape, generator=generator), g.square() * 0.5
                 scales = None
-                if moment == torch.uint8:
-                    codes, scales = zip(*(_coded(y, j == 0) for j, y in enumerate((first, second))), strict=True)
+                if moment in CODES:
+                    codes, scales = zip(
+                        *(_coded(y, moment, j == 0) for j, y in enumerate((first, second))), strict=True
+                    )
                     first, second = codes
                 p = torch.randn(shape, generator=generator).to(device, dtype)
                 key = PartKey(counter_key(0, i), Place(3, max(1, shape[-1]) * (1 + i), 5000))
@@ -333,8 +336,8 @@ def samples(device: str) -> Iterator[Sample]:
                 yield Sample("adamw_step_keyed_", what, keyed, _keyed_reference)
 
 
-def _coded(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    codes, scale = torch.empty(x.shape, dtype=torch.uint8), torch.zeros(scale_shape(x.shape, "rows"))
+def _coded(x: Tensor, dtype: torch.dtype, signed: bool) -> tuple[Tensor, Tensor]:
+    codes, scale = torch.empty(x.shape, dtype=dtype), torch.zeros(scale_shape(x.shape, "rows"))
     if x.numel():
         encode_reference_(codes, scale, x, signed=signed, layout="rows")
     return codes, scale

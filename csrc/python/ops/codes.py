@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Moments in 8 bits: dynamic codes in blocks of 256, as in bitsandbytes. Dettmers et al., 2022.
+"""Moments in 8 bits, in blocks of 256: dynamic codes as in bitsandbytes, and companded ones. Dettmers et al., 2022.
 https://arxiv.org/abs/2110.02861"""
 
 import math
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import product
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -16,6 +17,7 @@ from ._samples import Sample
 
 __all__ = [
     "BLOCK",
+    "CODES",
     "Layout",
     "code_values",
     "decode",
@@ -28,20 +30,35 @@ __all__ = [
 Layout = Literal["rows", "columns"]
 
 BLOCK = 256  # elements that share a scale
+CODES = (torch.uint8, torch.int8)  # dynamic, companded
 DECADES = 7
 _CONTIGUOUS = torch.contiguous_format
 HALVES = 1 << 15  # upper halves of float32 numbers of either sign
+ONE = 127 << 23  # the bits of 1.0
+SMALLEST = torch.finfo(torch.float32).tiny
 
 
 @cache
-def code_values(signed: bool) -> Tensor:
+def code_values(signed: bool, *, companded: bool = False) -> Tensor:
     r"""The 256 float32 values that codes stand for, ascending, on the CPU: not to be changed.
 
-    Decade i = 0..6 holds :math:`2^i` values with a sign, :math:`2^{i+1}` without: :math:`10^{i-6}` times the middles
-    of as many equal parts of [0.1, 1]. Beside them and, with a sign, their negatives there are 0 and 1. So
-    ``code_values(True)`` is for numbers of either sign, and has no -1; ``code_values(False)`` is for numbers >= 0, and
-    twice as fine. Equal to ``bitsandbytes.functional.create_dynamic_map(signed)``, to the bit.
+    Of *dynamic* codes 0..255 (uint8) decade i = 0..6 holds :math:`2^i` values with a sign, :math:`2^{i+1}` without:
+    :math:`10^{i-6}` times the middles of as many equal parts of [0.1, 1]. Beside them and, with a sign, their negatives
+    there are 0 and 1. So ``code_values(True)`` is for numbers of either sign, and has no -1; ``code_values(False)`` is
+    for numbers >= 0, and twice as fine. Equal to ``bitsandbytes.functional.create_dynamic_map(signed)``, to the bit.
+
+    *Companded* codes -128..127 (int8) are linear in a root. A float's bits tell it when the square is replaced by
+    straight lines between some of its points, with e an integer and 0 <= f < 1:
+
+    .. math:: \psi(2^e (1+f)) = \begin{cases} 4^e (1 + 2f) & f < 1/2 \\ 4^e \cdot 4f & f \ge 1/2 \end{cases}
+        \qquad \tfrac{8}{9} x^2 \le \psi(x) \le x^2.
+
+    The values are :math:`\pm\psi(|c|/128)` with a sign, of which -128 is never used, and without one
+    :math:`\psi(\psi((c+129)/256))`. The latter has no 0: a second moment that becomes 0 makes its update far too large.
     """
+    if companded:
+        levels = torch.arange(-128, 128, dtype=torch.float32, device="cpu")
+        return levels.sign() * _square(levels.abs() / 128) if signed else _square(_square((levels + 129) / 256))
     values = [torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")]  # whatever the defaults are
     low, high = (torch.tensor(x, dtype=torch.float32, device="cpu").double() for x in (0.1, 1.0))
     for i in range(DECADES):
@@ -79,6 +96,16 @@ def _tables(signed: bool, device: torch.device) -> _Tables:
     return _Tables(*(x.to(device) for x in (values, lower.to(torch.uint8), open_)))
 
 
+def _square(x: Tensor) -> Tensor:
+    """psi, of numbers >= 0."""
+    return ((x.view(torch.int32).clamp(min=ONE // 2) - ONE // 2) << 1).view(torch.float32)
+
+
+def _root(x: Tensor) -> Tensor:
+    """Of numbers >= 0 what psi takes them from."""
+    return ((x.view(torch.int32) >> 1) + ONE // 2).view(torch.float32)
+
+
 def scale_shape(shape: Sequence[int], layout: Layout) -> tuple[int, ...]:
     """The shape of the scales of a tensor of this shape (one dimension or more; ``columns``: two or more)."""
     if len(shape) < (1 if layout == "rows" else 2):
@@ -91,14 +118,20 @@ def scale_shape(shape: Sequence[int], layout: Layout) -> tuple[int, ...]:
 
 
 def encode_(codes: Tensor, scale: Tensor, x: Tensor, *, signed: bool, layout: Layout) -> None:
-    r"""Rounds ``x`` to 8 bits: with s the largest magnitude in a block, and :math:`v_0 < \dots < v_{255}` the values of
+    r"""Rounds ``x`` to 8 bits: with a the largest magnitude in a block, and :math:`v_c` the values of
     :func:`code_values`,
 
-    .. math:: \mathrm{scale} = s, \qquad \mathrm{code}_i = \text{the } c \text{ whose } v_c \text{ is nearest to }
-        x_i / s,
+    .. math:: \mathrm{scale} = s = a / \max_c v_c, \qquad \mathrm{code}_i = \text{the } c \text{ whose } v_c
+        \text{ is nearest to } x_i / s,
 
-    the quotient rounded to float32, and the value of smaller magnitude half way between two (in float32, too). A block
-    of zeros has the scale 0 and the codes of the value 0. One number that is not finite makes the scale so, and leaves
+    - *dynamic* (``codes`` uint8): the quotient rounded to float32, and the value of smaller magnitude half way between
+      two (in float32, too). :math:`\max_c v_c = 1`.
+    - *companded* (``codes`` int8): the product with 1 / s, both rounded to float32; and nearest is the code that is
+      nearest in the root, with a sign :math:`128\,\psi^{-1}(|x_i| / s)`, without one
+      :math:`256\,\psi^{-1}(\psi^{-1}(|x_i| / s))`, the even number half way between two. :math:`\max_c v_c` is 63/64
+      with a sign, else 1. A block of which no magnitude reaches :math:`2^{-126}` counts as one of zeros.
+
+    A block of zeros has the scale 0, and decodes to zeros. One number that is not finite makes the scale so, and leaves
     no number of its block: decoded, all are NaN or infinite. Its codes are unspecified then.
 
     Blocks are runs of 256 elements, the last of a run may be shorter:
@@ -109,10 +142,10 @@ def encode_(codes: Tensor, scale: Tensor, x: Tensor, *, signed: bool, layout: La
       those of the whole.
 
     Args:
-        codes: uint8, overwritten.
+        codes: uint8 or int8, overwritten.
         scale: float32, overwritten; of :func:`scale_shape`.
         x: of the shape of ``codes``; other dtypes than float32 are brought to that first.
-        signed: which of the two maps.
+        signed: which of the two maps; without a sign x must not be negative.
         layout: ``rows`` or ``columns``.
 
     Raises:
@@ -140,7 +173,7 @@ def decode(codes: Tensor, scale: Tensor, *, signed: bool, layout: Layout, dtype:
     r"""What :func:`encode_` has kept: :math:`s\, v_c`, the product rounded to float32, and then to ``dtype``.
 
     Args:
-        codes: uint8.
+        codes: uint8 (dynamic) or int8 (companded).
         scale: float32; of :func:`scale_shape`.
         signed: which of the two maps.
         layout: ``rows`` or ``columns``.
@@ -185,11 +218,15 @@ def _(codes: Tensor, scale: Tensor, signed: bool, layout: str, dtype: torch.dtyp
 def encode_reference_(codes: Tensor, scale: Tensor, x: Tensor, *, signed: bool, layout: Layout) -> None:
     """What :func:`encode_` computes, in PyTorch."""
     runs = _runs(codes.shape, layout)
-    wide, found = x.to(torch.float32).reshape(runs), torch.empty(runs, dtype=torch.uint8, device=x.device)
+    wide, found = x.to(torch.float32).reshape(runs), torch.empty(runs, dtype=codes.dtype, device=x.device)
     scales = wide.new_empty(runs[0], _count(runs[1]), runs[2])
-    for blocks, into, largest in zip(_blocks(wide), _blocks(found), _scales(scales, runs[1]), strict=True):
-        torch.amax(blocks.abs(), 2, keepdim=True, out=largest)
-        into.copy_(_nearest(blocks / torch.where(largest == 0, 1, largest), signed))
+    for blocks, into, own in zip(_blocks(wide), _blocks(found), _scales(scales, runs[1]), strict=True):
+        torch.amax(blocks.abs(), 2, keepdim=True, out=own)
+        if codes.dtype == torch.uint8:
+            into.copy_(_nearest(blocks / torch.where(own == 0, 1, own), signed))
+        else:
+            own.copy_(torch.where(own < SMALLEST, 0, own / (63 / 64 if signed else 1)))
+            into.copy_(_nearest_root(blocks * torch.where(own == 0, 0, 1 / own), signed))
     codes.copy_(found.view(codes.shape))
     scale.copy_(scales.view(scale.shape))
 
@@ -197,8 +234,11 @@ def encode_reference_(codes: Tensor, scale: Tensor, x: Tensor, *, signed: bool, 
 def decode_reference(codes: Tensor, scale: Tensor, *, signed: bool, layout: Layout) -> Tensor:
     """What :func:`decode` computes, in float32, in PyTorch."""
     runs = _runs(codes.shape, layout)
-    values = _tables(signed, codes.device).values
-    wide = values.index_select(0, codes.reshape(-1).to(torch.int32)).view(runs)
+    flat = codes.reshape(-1).to(torch.int32)
+    if codes.dtype == torch.uint8:
+        wide = _tables(signed, codes.device).values.index_select(0, flat).view(runs)
+    else:
+        wide = _companded_values(signed, codes.device).index_select(0, flat + 128).view(runs)
     scales = scale.reshape(runs[0], _count(runs[1]), runs[2])
     for blocks, largest in zip(_blocks(wide), _scales(scales, runs[1]), strict=True):
         blocks.mul_(largest)
@@ -211,6 +251,19 @@ def _nearest(x: Tensor, signed: bool) -> Tensor:
     half = (flat.view(torch.int32) >> 16).add_(HALVES)
     above = flat > tables.between.index_select(0, half)
     return tables.lower.index_select(0, half).add_(above).view(x.shape)
+
+
+def _nearest_root(x: Tensor, signed: bool) -> Tensor:
+    """Companded codes of numbers in [-1, 1]."""
+    root = _root(x.abs())
+    if signed:
+        return (root * 128).round() * x.sign()
+    return (_root(root) * 256).round().clamp(min=1) - 129
+
+
+@cache
+def _companded_values(signed: bool, device: torch.device) -> Tensor:
+    return code_values(signed, companded=True).to(device)
 
 
 def _count(length: int) -> int:
@@ -241,8 +294,8 @@ def _scales(scales: Tensor, length: int) -> list[Tensor]:
 def _check(codes: Tensor, scale: Tensor, layout: Layout, x: Tensor | None = None) -> None:
     if layout not in ("rows", "columns"):
         raise ValueError(f"layout must be 'rows' or 'columns', got {layout!r}")
-    if codes.dtype != torch.uint8:
-        raise TypeError(f"codes must be uint8, got {codes.dtype}")
+    if codes.dtype not in CODES:
+        raise TypeError(f"codes must be uint8 or int8, got {codes.dtype}")
     if scale.dtype != torch.float32:
         raise TypeError(f"scale must be float32, got {scale.dtype}")
     if tuple(scale.shape) != (shape := scale_shape(codes.shape, layout)):
@@ -279,22 +332,20 @@ def samples(device: str) -> Iterator[Sample]:
         ("columns", (2, 256, 300)),
         ("columns", (1, 5)),
     )
-    for signed in (True, False):
-        # Half way between two values and as near as float32 comes, the first of a block of scale 1.
-        between = _tables(signed, torch.device("cpu")).between
-        near = between[between.isfinite()].view(torch.int32)[:, None] + torch.arange(-3, 4, dtype=torch.int32)
-        numbers = near.flatten().view(torch.float32)
+    for dtype, signed in product(CODES, (True, False)):
+        # Half way between two values and as near as float32 comes, the first of a block of the largest.
+        numbers = _near(_edges(dtype, signed))
         edges = torch.cat((torch.ones(-(-len(numbers) // 255), 1), _filled(numbers, 255)), 1)
         for layout, shape in (*shapes, ("rows", tuple(edges.shape))):
             x = torch.randn(shape, generator=generator) ** 5 if shape != edges.shape else edges
             for factor in (1.0, 1e-35, 1e-42, 0.0) if x is not edges else (1.0,):
                 y = (x if signed else x.abs()) * factor
-                codes, scale = torch.zeros(shape, dtype=torch.uint8), torch.zeros(scale_shape(shape, layout))
+                codes, scale = torch.zeros(shape, dtype=dtype), torch.zeros(scale_shape(shape, layout))
                 own = [z.to(device) for z in (codes, scale, y)]
-                what = f"{'signed' if signed else 'unsigned'} {layout} {tuple(shape)} by {factor}"
+                what = f"{dtype} {'signed' if signed else 'unsigned'} {layout} {tuple(shape)} by {factor}"
                 yield Sample("encode_", what, (*own, signed, layout == "columns"), _encode_reference_)
             if x is not edges:
-                codes = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+                codes = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).view(dtype)
                 own = [z.to(device) for z in (torch.zeros(shape), codes, torch.rand(scale.shape, generator=generator))]
                 yield Sample("decode_", what, (*own, signed, layout == "columns"), _decode_reference_)
 
@@ -307,6 +358,20 @@ def samples(device: str) -> Iterator[Sample]:
     yield Sample("encode_whole_", "", (*own, True, "columns"), _encode_whole_reference_)
     decoded = (*own[:2], True, "columns", torch.bfloat16)
     yield Sample("decode_whole", "", decoded, _decode_whole_reference)
+
+
+def _edges(dtype: torch.dtype, signed: bool) -> Tensor:
+    """What lies half way between two values, or two roots, of a block whose scale is 1."""
+    if dtype == torch.uint8:
+        between = _tables(signed, torch.device("cpu")).between
+        return between[between.isfinite()]
+    levels = torch.arange(-126.5 if signed else 0.5, 127 if signed else 256)
+    return levels.sign() * _square(levels.abs() / 128) * 64 / 63 if signed else _square(_square(levels / 256))
+
+
+def _near(x: Tensor) -> Tensor:
+    """Float32 numbers and those around them."""
+    return (x.view(torch.int32)[:, None] + torch.arange(-3, 4, dtype=torch.int32)).flatten().view(torch.float32)
 
 
 def _filled(x: Tensor, width: int) -> Tensor:

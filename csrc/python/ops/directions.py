@@ -9,14 +9,14 @@ from torch import Tensor
 
 from ._compiled import COMPILED, TAKEN
 from ._samples import Sample
-from .codes import decode, encode_, encode_reference_, scale_shape
+from .codes import CODES, decode, encode_, encode_reference_, scale_shape
 from .keys import WHOLE, Key, PartKey, Place, counter_key
 from .rounding import stochastic_round_
 
 __all__ = ["adam_direction_reference_", "adam_directions_"]
 
 _BLOCK = 1 << 20  # elements; what the reference allocates at once
-_MOMENTS = (torch.float32, torch.bfloat16, torch.uint8)
+_MOMENTS = (torch.float32, torch.bfloat16, *CODES)
 
 
 def adam_directions_(
@@ -124,7 +124,7 @@ def _adam_directions_(
             [rs[i] for i in chosen],
             [ms[i] for i in chosen],
             [vs[i] for i in chosen],
-            [scale for i in chosen for scale in scales[i]] if dtype == torch.uint8 else [],
+            [scale for i in chosen for scale in scales[i]] if dtype in CODES else [],
             [ages[i] for i in chosen] if by_row else [],
             []
             if by_row
@@ -323,9 +323,9 @@ def samples(device: str) -> Iterator[Sample]:
                 ms = [(torch.randn(s, generator=generator) * 0.1).to(device) for s in shapes]
                 vs = [torch.rand(s, generator=generator).to(device) for s in shapes]
                 scales: list[Tensor] = []
-                if dtype == torch.uint8:
+                if dtype in CODES:
                     for some, signed in ((ms, True), (vs, False)):
-                        coded = [_coded(x, signed) for x in some]
+                        coded = [_coded(x, dtype, signed) for x in some]
                         some[:] = [codes for codes, _ in coded]
                         scales += [scale for _, scale in coded]
                     scales = [x for pair in zip(scales[: len(ms)], scales[len(ms) :], strict=True) for x in pair]
@@ -350,8 +350,8 @@ def samples(device: str) -> Iterator[Sample]:
                 yield Sample("adam_directions_keyed_", what, (rs, ms, vs, scales, *tensors, by_row), _keyed_reference)
 
 
-def _coded(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    codes = torch.zeros_like(x, dtype=torch.uint8)
+def _coded(x: Tensor, dtype: torch.dtype, signed: bool) -> tuple[Tensor, Tensor]:
+    codes = torch.zeros_like(x, dtype=dtype)
     scale = x.new_zeros(scale_shape(x.shape, "columns"))
     encode_reference_(codes, scale, x, signed=signed, layout="columns")
     return codes, scale
