@@ -115,7 +115,7 @@ def one_after_another(calls: list[Callable[[], object]]) -> None:
 
 def trained_layer(steps: int = 40) -> list[Tensor]:
     """The gradients of one layer of LLaMA-60M's shapes, after some steps on the bytes of the examples' text."""
-    text = torch.frombuffer(bytearray(lzma.decompress(TEXT.read_bytes())), dtype=torch.uint8).long()
+    text = text_bytes()
     config = LlamaConfig(
         vocab_size=256, hidden_size=512, intermediate_size=1376, num_hidden_layers=2, num_attention_heads=8
     )
@@ -123,10 +123,20 @@ def trained_layer(steps: int = 40) -> list[Tensor]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     for _ in range(steps):
         optimizer.zero_grad()
-        batch = torch.stack([text[i : i + 128] for i in torch.randint(len(text) - 128, (4,)).tolist()])
+        batch = byte_batch(text)
         model(batch, labels=batch).loss.backward()
         optimizer.step()
     return [p.grad.clone() for p in model.model.layers[1].parameters() if p.ndim == 2]
+
+
+def text_bytes() -> Tensor:
+    """The examples' text."""
+    return torch.frombuffer(bytearray(lzma.decompress(TEXT.read_bytes())), dtype=torch.uint8).long()
+
+
+def byte_batch(text: Tensor) -> Tensor:
+    """4 pieces of 128."""
+    return torch.stack([text[i : i + 128] for i in torch.randint(len(text) - 128, (4,)).tolist()])
 
 
 def refresh_of(gradient: Tensor, rank: int | float, projection: str) -> Callable[[], None]:

@@ -143,7 +143,8 @@ def adamw_step_(entries: list[Entry], group: Group, *, scale: float = 1.0, aged:
     for x in entries:
         age = x.age if aged else x.step
         parts = (x.p, x.grad, x.state["exp_avg"], x.state["exp_avg_sq"])
-        if all(y.is_contiguous() and y.dtype == x.p.dtype for y in parts) and x.p.dtype not in LOW_PRECISION:
+        same = parts[1].dtype == parts[2].dtype == parts[3].dtype == x.p.dtype
+        if same and x.p.dtype not in LOW_PRECISION and all(y.is_contiguous() for y in parts):
             whole.append(parts)
             ages.append(age)
         elif takes_adamw(one := _dense(x, age, group)):
@@ -159,10 +160,10 @@ def adamw_step_(entries: list[Entry], group: Group, *, scale: float = 1.0, aged:
 
 def _dense(x: Entry, age: Number, group: Group) -> Dense:
     """What the compiled op goes by."""
-    m, v = (moment_of(x, key) for key in ("exp_avg", "exp_avg_sq"))
-    scales = None if m.scale is None or v.scale is None else (m.scale, v.scale)
-    keys = (x.key(m.purpose), x.key(v.purpose)) if m.kept.dtype in LOW_PRECISION else None
-    return Dense(x.p, x.grad, m.kept, v.kept, age, scales, rounding(x, group), keys)
+    m, v, state = x.state["exp_avg"], x.state["exp_avg_sq"], x.state
+    scales = (state["exp_avg_scale"], state["exp_avg_sq_scale"]) if "exp_avg_scale" in state else None
+    keys = (x.key(EXP_AVG), x.key(EXP_AVG_SQ)) if m.dtype in LOW_PRECISION else None
+    return Dense(x.p, x.grad, m, v, age, scales, rounding(x, group), keys)
 
 
 def _step_in_blocks_(x: Entry, age: Number, lr: Number, weight_decay: float, group: Group) -> None:

@@ -46,18 +46,23 @@ class Dense(NamedTuple):
 def takes_adamw(x: Dense) -> bool:
     """Whether :func:`adamw_step_` is one compiled pass for these: contiguous memory; W, M and V in float32, bfloat16 or
     float16, M and V also as codes, G in W's dtype or float32."""
-    moments = (x.exp_avg, x.exp_avg_sq)
-    kept = _NUMBERS if x.scales is None else CODES
-    tensors = (x.p, x.grad, *moments, *(x.scales or ()), *([] if x.rounding.low is None else [x.rounding.low]))
-    return (
-        x.p.device.type in TAKEN
-        and x.p.dtype in _NUMBERS
-        and x.grad.dtype in (x.p.dtype, torch.float32)
-        and moments[0].dtype == moments[1].dtype
-        and moments[0].dtype in kept
-        and (x.scales is None or x.p.ndim > 0)
-        and all(y.is_contiguous() and y.device == x.p.device for y in tensors)
-    )
+    p, m, v = x.p, x.exp_avg, x.exp_avg_sq
+    if (
+        p.dtype not in _NUMBERS
+        or x.grad.dtype not in (p.dtype, torch.float32)
+        or m.dtype != v.dtype
+        or m.dtype not in (_NUMBERS if x.scales is None else CODES)
+        or (x.scales is not None and not p.ndim)
+    ):
+        return False
+    device = p.device
+    if device.type not in TAKEN:
+        return False
+    others = (x.grad, m, v, *(x.scales or ()), *(() if x.rounding.low is None else (x.rounding.low,)))
+    for y in others:  # a generator would take longer than all the rest
+        if not y.is_contiguous() or y.device != device:
+            return False
+    return p.is_contiguous()
 
 
 def adamw_step_(
