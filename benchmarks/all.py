@@ -24,7 +24,7 @@ from _contestants import ADAMW, OURS, PRODUCTS, TITLES
 
 FOLDER = Path(__file__).resolve().parent
 PARTS = ("step", "memory", "floor", "refresh", "targets")
-MORE = ("backward", "projections", "distributed")
+MORE = ("backward", "projections", "codes", "distributed")
 CPU_ONLY = ("refresh",)  # on a GPU the page of steps has a column for it
 
 CORE, WHOLE, LAYER, ALL = "60m-body", "60m", "1b-layer", "1b"
@@ -145,6 +145,7 @@ def options(part: str, device: str, quick: bool, figures: Path) -> list[str]:
             "memory": ["--sizes", "small"],
             "backward": ["--layers", "1", "--rounds", "2", "--pieces", "2", "--tokens", "8"],
             "projections": ["--rounds", "2", "--shapes", "64x172"],
+            "codes": ["--steps", "1", "3", "--width", "64", "--no-pretrained"],
         }.get(part, [])
     return chosen
 

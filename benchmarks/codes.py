@@ -5,8 +5,8 @@
 
 Two networks are trained with moments in float32: a LLaMA on the bytes of the examples' text, from the first step, and,
 where its package is installed (`make finetune` does it), the pretrained all-MiniLM-L6-v2, which is made to tell lines
-that hold the word "the". After some steps the moments of all their matrices are rounded to codes and read again, and the
-update that they make with the gradient of the next step is compared with the one without rounding.
+that hold the word "the". After some steps the moments of all their matrices go through codes, and the update that they
+make with the gradient of the next step is compared with the one without rounding.
 """
 
 import argparse
@@ -38,12 +38,13 @@ def main() -> None:
     add = parser.add_argument
     add("--steps", type=int, nargs="+", default=[1, 5, 30, 200], help="after which moments are looked at")
     add("--width", type=int, default=512, help="of the LLaMA (default: 512)")
+    add("--no-pretrained", action="store_true", help="without the pretrained network")
     add("--markdown", type=Path, metavar="FILE", help="write the report there")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     kinds = {"A LLaMA from its first step": llama(args.width)}
-    if importlib.util.find_spec(PRETRAINED):
+    if importlib.util.find_spec(PRETRAINED) and not args.no_pretrained:
         kinds["A pretrained BERT, fine-tuned"] = bert()
     sections = [
         "Of all matrices together: the error of the update, root of the mean square, relative to the update's; and the "
@@ -134,8 +135,9 @@ def llama(width: int) -> tuple[nn.Module, float, Callable[[], Tensor]]:
 
 def bert() -> tuple[nn.Module, float, Callable[[], Tensor]]:
     """All 22 M weights; 16 lines a step."""
-    places = importlib.util.find_spec(PRETRAINED).submodule_search_locations
-    folder = next(Path(places[0]).rglob("model.safetensors")).parent
+    spec = importlib.util.find_spec(PRETRAINED)
+    assert spec is not None
+    folder = next(Path(*spec.submodule_search_locations or ()).rglob("model.safetensors")).parent
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     lines = [line for line in bytes(text_bytes().tolist()).decode().splitlines() if len(line) > 40]
 

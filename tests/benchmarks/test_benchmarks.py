@@ -73,7 +73,7 @@ def test_step_times_all_that_it_is_asked_for(tmp_path):
 
 @pytest.mark.slow
 def test_one_command_writes_all_pages(tmp_path):
-    parts = ["step", "memory", "floor", "refresh", "targets", "backward", "projections", "distributed"]
+    parts = ["step", "memory", "floor", "refresh", "targets", "backward", "projections", "codes", "distributed"]
     run("all", *parts, "--quick", "--pages", tmp_path, "--figures", tmp_path / "figures")
     for part in parts:
         page = (tmp_path / f"{part}.md").read_text(encoding="utf-8")
