@@ -47,12 +47,14 @@ def main() -> None:
     if importlib.util.find_spec(PRETRAINED) and not args.no_pretrained:
         kinds["A pretrained BERT, fine-tuned"] = bert()
     sections = [
-        "Of all matrices together: the error of the update, root of the mean square, relative to the update's; and the "
-        "largest update by that of the exact moments. Blocks have 256 elements, FlashOptim's 32."
+        "Moments were kept in float32 up to a step, then went through codes and made an update with the next gradient. "
+        "Of all matrices together: its error, root of the mean square, relative to the update without codes; and the "
+        "largest update by the largest without. Blocks have 256 elements, FlashOptim's (by its equations) 32. The "
+        f"networks: two layers of width {args.width} on bytes at lr 1e-3; all-MiniLM-L6-v2, 22.7 M weights, at lr 5e-5."
     ]
-    for name, losses in kinds.items():
+    for name, problem in kinds.items():
         header = ("after step", *(f"{how}, {what}" for how in FORMATS for what in ("error", "largest")))
-        sections += [f"## {name}", table(header, list(rows(losses, sorted(args.steps))))]
+        sections += [f"## {name}", table(header, list(rows(problem, sorted(args.steps))))]
     report("8-bit codes and updates", sections, args.markdown, threads=", one thread used")
 
 

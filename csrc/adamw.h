@@ -20,7 +20,9 @@ inline bool is_companded(const torch::stable::Tensor& codes) {
   return codes.scalar_type() == torch::headeronly::ScalarType::Char;
 }
 
-inline CodeKind code_kind(const torch::stable::Tensor& codes, bool with_sign) { return {is_companded(codes), with_sign}; }
+inline CodeKind code_kind(const torch::stable::Tensor& codes, bool with_sign) {
+  return {is_companded(codes), with_sign};
+}
 
 inline int64_t blocks_of_run(int64_t length) { return (length + code_block - 1) / code_block; }
 
@@ -144,7 +146,7 @@ inline DenseList check_adamw(const std::vector<torch::stable::Tensor>& ps,
   STD_TORCH_CHECK(lows.empty() || weight != ScalarType::Float, op, ": weights in float32 have no lows");
   STD_TORCH_CHECK(!keys.empty() || !(low_moments || (stochastic && weight != ScalarType::Float && lows.empty())), op,
                   ": keys needed");
-  STD_TORCH_CHECK(list.kind.coded == !scales.empty(), op, ": two scales for each parameter needed with moments as codes");
+  STD_TORCH_CHECK(list.kind.coded == !scales.empty(), op, ": two scales for each parameter needed, where M is codes");
   for (size_t i = 0; i < count; ++i) {
     const int64_t numel = ps[i].numel();
     const auto check = [&](const torch::stable::Tensor& x, ScalarType dtype, const char* what) {

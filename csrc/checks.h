@@ -141,8 +141,9 @@ inline Moments check_directions(const std::vector<torch::stable::Tensor>& rs,
   STD_TORCH_CHECK(scales.empty() || scales.size() == 2 * count, op, ": two scales for each of ", count, " needed");
   STD_TORCH_CHECK(ages.empty() ? biases.size() == 2 * count : ages.size() == count, op,
                   ": either ages of each matrix or two corrections needed");
-  const ScalarType code = count > 0 && exp_avgs[0].scalar_type() == ScalarType::Char ? ScalarType::Char : ScalarType::Byte;
-  Moments kept = scales.empty() ? Moments::FLOAT32 : code == ScalarType::Byte ? Moments::CODES : Moments::COMPANDED;
+  const bool companded = count > 0 && exp_avgs[0].scalar_type() == ScalarType::Char;
+  const ScalarType code = companded ? ScalarType::Char : ScalarType::Byte;
+  Moments kept = scales.empty() ? Moments::FLOAT32 : companded ? Moments::COMPANDED : Moments::CODES;
   for (size_t i = 0; i < count; ++i) {
     const torch::stable::Tensor &r = rs[i], &m = exp_avgs[i], &v = exp_avg_sqs[i];
     STD_TORCH_CHECK(r.scalar_type() == ScalarType::Float && r.is_contiguous(), op, ": R must be float32 and contiguous");

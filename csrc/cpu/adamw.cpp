@@ -50,18 +50,22 @@ class Numbers {
  public:
   Numbers(Format format, void* kept, int16_t* low, int64_t begin, int64_t n)
       : format_(format), kept_(kept), low_(low == nullptr ? nullptr : low + begin), begin_(begin), n_(n) {
+    if (format == Format::float32) {
+      wide_ = static_cast<float*>(kept) + begin;
+      return;
+    }
     slimstate::with_format(format, [&](auto how) {
       using Kept = decltype(how);
       auto* first = static_cast<typename Kept::Bits*>(kept) + begin;
       kept_ = first;
-      if constexpr (std::is_same_v<typename Kept::Bits, float>) wide_ = first;
-      else widen<Kept>(wide_ = buffer_, first, low_, n);
+      if constexpr (!std::is_same_v<typename Kept::Bits, float>) widen<Kept>(wide_ = buffer_, first, low_, n);
     });
   }
 
   float* wide() { return wide_; }
 
   void store(Key key, const slimstate::Place& place) {
+    if (format_ == Format::float32) return;
     slimstate::with_format(format_, [&](auto how) {
       using Kept = decltype(how);
       auto* kept = static_cast<typename Kept::Bits*>(kept_);

@@ -1,17 +1,19 @@
-// Companded codes of many numbers.
+// Companded codes of many numbers. Every file that includes this has functions of its own, since those for several levels
+// of processors (`SLIMSTATE_CLONES`) cannot be merged when files are linked.
 #pragma once
 #include "codes.h"
 #include "cpu/avx2.h"
 
 namespace slimstate {
+namespace {
 
 template <bool with_sign>
-SLIMSTATE_CLONES inline void expand_some(float* x, const int8_t* codes, int64_t n) {
+SLIMSTATE_CLONES void expand_some(float* x, const int8_t* codes, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] = Companded<with_sign>::value(codes[i]);
 }
 
 template <bool with_sign, bool each>
-SLIMSTATE_CLONES inline void compand_some(int8_t* codes, const float* x, const float* factor, int64_t n) {
+SLIMSTATE_CLONES void compand_some(int8_t* codes, const float* x, const float* factor, int64_t n) {
   for (int64_t i = 0; i < n; ++i) codes[i] = Companded<with_sign>::code(x[i] * factor[each ? i : 0]);
 }
 
@@ -22,7 +24,7 @@ template <bool with_sign>
 constexpr int about_in_levels = Companded<with_sign>::about + ((with_sign ? 7 : 8) << 23);
 
 template <bool with_sign>
-AVX2_FUNCTION inline void expand_avx2(float* x, const int8_t* codes, int64_t n) {
+AVX2_FUNCTION void expand_avx2(float* x, const int8_t* codes, int64_t n) {
   using Codes = Companded<with_sign>;
   const __m256i about = _mm256_set1_epi32(about_in_levels<with_sign>);
   const __m256i sign = _mm256_set1_epi32(INT32_MIN), first = _mm256_set1_epi32(Codes::first);
@@ -38,7 +40,7 @@ AVX2_FUNCTION inline void expand_avx2(float* x, const int8_t* codes, int64_t n) 
 }
 
 template <bool with_sign, bool each>
-AVX2_FUNCTION inline void compand_avx2(int8_t* codes, const float* x, const float* factor, int64_t n) {
+AVX2_FUNCTION void compand_avx2(int8_t* codes, const float* x, const float* factor, int64_t n) {
   using Codes = Companded<with_sign>;
   const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(INT32_MAX)), all = _mm256_set1_ps(factor[0]);
   const __m256i about = _mm256_set1_epi32(about_in_levels<with_sign>), first = _mm256_set1_epi16(Codes::first);
@@ -65,7 +67,7 @@ AVX2_FUNCTION inline void compand_avx2(int8_t* codes, const float* x, const floa
 
 // x_i <- the value of code i, without the scale.
 template <bool with_sign>
-inline void expand(float* x, const int8_t* codes, int64_t n) {
+void expand(float* x, const int8_t* codes, int64_t n) {
   int64_t done = 0;
 #ifdef SLIMSTATE_AVX2
   if (has_avx2()) expand_avx2<with_sign>(x, codes, done = n - n % 8);
@@ -75,7 +77,7 @@ inline void expand(float* x, const int8_t* codes, int64_t n) {
 
 // Codes of x_i, with the factor of its block (`factor_of`), or one for each.
 template <bool with_sign, bool each>
-inline void compand(int8_t* codes, const float* x, const float* factor, int64_t n) {
+void compand(int8_t* codes, const float* x, const float* factor, int64_t n) {
   int64_t done = 0;
 #ifdef SLIMSTATE_AVX2
   if (has_avx2()) compand_avx2<with_sign, each>(codes, x, factor, done = n - n % 32);
@@ -83,4 +85,5 @@ inline void compand(int8_t* codes, const float* x, const float* factor, int64_t 
   compand_some<with_sign, each>(codes + done, x + done, factor + (each ? done : 0), n - done);
 }
 
+}  // namespace
 }  // namespace slimstate
