@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from cases import assert_equal
-from slimstate.optim import AdamW8bit, GaLoreAdamW, _moments, from_bitsandbytes, from_galore_torch, to_bitsandbytes
+from slimstate.optim import (
+    AdamW,
+    AdamW8bit,
+    GaLoreAdamW,
+    _moments,
+    from_bitsandbytes,
+    from_galore_torch,
+    to_bitsandbytes,
+)
 from slimstate.optim.convert import GALORE_TORCH
 from training import gradients, parameter, run
 
@@ -288,6 +296,22 @@ def test_an_exchange_there_and_back_changes_no_bit_where_blocks_are_the_same():
                 {k: x for k, x in state.items() if k != "stream"},
                 {k: x for k, x in ours.state[p].items() if k != "stream"},
             )
+
+
+def test_companded_moments_become_bitsandbytes_codes():
+    p, q = (torch.nn.Parameter(torch.zeros(64, 512)) for _ in range(2))
+    ours = AdamW([p], moment_dtype="8bit-companded")
+    p.grad = torch.randn_like(p)
+    ours.step()
+    again = AdamW8bit([q])
+    again.load_state_dict(from_bitsandbytes(to_bitsandbytes(ours)))
+    for key in ("exp_avg", "exp_avg_sq"):
+        known, found = (
+            _moments.decoded(state[key], state[f"{key}_scale"], key, "rows", torch.float32)
+            for state in (ours.state[p], again.state[q])
+        )
+        assert (ours.state[p][key].dtype, again.state[q][key].dtype) == (torch.int8, torch.uint8)
+        assert 0 < (found - known).abs().max() <= 0.008 * known.abs().max()
 
 
 @pytest.mark.parametrize(
