@@ -157,8 +157,9 @@ def test_a_load_keeps_dtypes_and_copies_tensors(name):
     for state in resumed.state_dict()["state"].values():
         dtypes = {key: x.dtype for key, x in state.items() if isinstance(x, torch.Tensor)}
         moments = torch.bfloat16 if "bfloat16" in name else torch.float32
+        codes = torch.int8 if "companded" in name else torch.uint8
         for key in moments_of(state):
-            assert dtypes[key] == (torch.uint8 if f"{key}_scale" in state else moments)
+            assert dtypes[key] == (codes if f"{key}_scale" in state else moments)
         assert dtypes["step"] == torch.float32
         basis = BASIS_DTYPES.get(CASES[name][1].get("basis_dtype"), torch.float32)
         assert dtypes.get("basis", basis) == basis
