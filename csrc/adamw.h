@@ -15,11 +15,6 @@ struct CodeRuns {
   int64_t outer = 1, length = 1, inner = 1;
 };
 
-// Dynamic codes are uint8, companded ones int8.
-inline bool is_companded(const torch::stable::Tensor& codes) {
-  return codes.scalar_type() == torch::headeronly::ScalarType::Char;
-}
-
 inline CodeKind code_kind(const torch::stable::Tensor& codes, bool with_sign) {
   return {is_companded(codes), with_sign};
 }

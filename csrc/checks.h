@@ -123,6 +123,11 @@ inline bool check_moments(const char* op, const torch::stable::Tensor& m, const 
   return m.scalar_type() == ScalarType::BFloat16;
 }
 
+// Dynamic codes are uint8, companded ones int8.
+inline bool is_companded(const torch::stable::Tensor& codes) {
+  return codes.scalar_type() == torch::headeronly::ScalarType::Char;
+}
+
 enum class Moments { FLOAT32, BFLOAT16, CODES, COMPANDED };
 
 inline bool are_codes(Moments kept) { return kept == Moments::CODES || kept == Moments::COMPANDED; }
@@ -141,7 +146,7 @@ inline Moments check_directions(const std::vector<torch::stable::Tensor>& rs,
   STD_TORCH_CHECK(scales.empty() || scales.size() == 2 * count, op, ": two scales for each of ", count, " needed");
   STD_TORCH_CHECK(ages.empty() ? biases.size() == 2 * count : ages.size() == count, op,
                   ": either ages of each matrix or two corrections needed");
-  const bool companded = count > 0 && exp_avgs[0].scalar_type() == ScalarType::Char;
+  const bool companded = count > 0 && is_companded(exp_avgs[0]);
   const ScalarType code = companded ? ScalarType::Char : ScalarType::Byte;
   Moments kept = scales.empty() ? Moments::FLOAT32 : companded ? Moments::COMPANDED : Moments::CODES;
   for (size_t i = 0; i < count; ++i) {
